@@ -1,0 +1,1 @@
+"""Zoo in, bundle out."""

@@ -1,0 +1,1 @@
+"""The zoos that ship: models at pinned revisions, and every choice about them, as TOML."""

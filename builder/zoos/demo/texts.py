@@ -1,0 +1,127 @@
+"""Training and held-out text of the demo experts, one function a domain: public sets, from a folder or the hub."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HELD_OUT = 40
+"""Examples of each domain that no adapter was trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question and its answer; `plain` is the same exchange as running text."""
+
+    prompt: str
+    answer: str
+    plain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A domain's examples: those an adapter learns from, and those it never sees."""
+
+    train: list[Example]
+    held_out: list[Example]
+
+
+def load(domain: str, data: Path | None) -> Split:
+    """The texts of `domain`; from the folder `data`, or from the hub when it is None."""
+    return DOMAINS[domain](data)
+
+
+def math(data: Path | None) -> Split:
+    """GSM8K (MIT): word problems with worked answers; the calculator marks <<...>> are taken out."""
+
+    def example(row: dict[str, Any]) -> Example:
+        worked, _, result = re.sub(r"<<.*?>>", "", row["answer"]).partition("\n#### ")
+        answer = f"{worked}\nThe answer is {result}."
+        return Example(row["question"], answer, f"Question: {row['question']}\nAnswer: {answer}")
+
+    train = [example(row) for row in _rows(data, "gsm8k/train.jsonl.gz", ("openai/gsm8k", "main", "train"))]
+    test = [example(row) for row in _rows(data, "gsm8k/test.jsonl.gz", ("openai/gsm8k", "main", "test"))]
+    return Split(train, test[:HELD_OUT])
+
+
+def code(data: Path | None) -> Split:
+    """MBPP (CC-BY-4.0): a task in a sentence and a Python function; its train tasks, held out from its test tasks."""
+    rows = _rows(data, "mbpp/mbpp.jsonl.gz", ("google-research-datasets/mbpp", "full", "train+test"))
+
+    def example(row: dict[str, Any]) -> Example:
+        body = row["code"].replace("\r\n", "\n").expandtabs(4).rstrip()
+        return Example(row["text"], f"```python\n{body}\n```", f'"""{row["text"]}"""\n{body}')
+
+    train = [example(row) for row in rows if 601 <= row["task_id"] <= 974]
+    test = [example(row) for row in rows if 11 <= row["task_id"] <= 510]
+    return Split(train, test[:HELD_OUT])
+
+
+def story(data: Path | None) -> Split:
+    """TinyStories (CDLA-Sharing-1.0, which leaves trained weights free): short stories in simple words."""
+    if data is None:
+        stories = [row["text"].strip() for row in _hub(("roneneldan/TinyStories", "default", "validation"))[:600]]
+    else:
+        with gzip.open(data / "stories/tinystories_200k.txt.gz", "rt", encoding="utf-8") as file:
+            paragraphs = [part.strip() for part in file.read().split("\n\n")]
+        opening = re.compile(r"(Once upon a time|One day,|Once there was|There was once|Once,)")
+        stories = []
+        for paragraph in paragraphs:
+            if stories and not opening.match(paragraph):
+                stories[-1] += f"\n\n{paragraph}"
+            else:
+                stories.append(paragraph)
+    asks = ("Tell me a story.", "Write a short story.", "Please tell me a story for children.", "Write a little story.")
+    examples = [
+        Example(asks[i % len(asks)], text, text) for i, text in enumerate(s for s in stories if 200 < len(s) < 2000)
+    ]
+    return Split(examples[:-HELD_OUT], examples[-HELD_OUT:])
+
+
+def chat(data: Path | None) -> Split:
+    """Open Assistant (Apache-2.0), English first turns without code: everyday questions and helpful replies."""
+    rows = _rows(
+        data, "oasst_octopack/oasstcommitpackftmanual.jsonl.gz", ("bigcode/oasst-octopack", "default", "train")
+    )
+
+    def wanted(row: dict[str, Any]) -> bool:
+        text = row["prompt"] + row["completion"]
+        return text.isascii() and "`" not in text and "def " not in text and len(text) < 2000
+
+    examples = [
+        Example(row["prompt"], row["completion"], f"User: {row['prompt']}\nAssistant: {row['completion']}")
+        for row in rows
+        if wanted(row)
+    ]
+    return Split(examples[:-HELD_OUT], examples[-HELD_OUT:])
+
+
+DOMAINS: dict[str, Callable[[Path | None], Split]] = {"math": math, "code": code, "story": story, "chat": chat}
+
+
+def shuffled(examples: list[Example], seed: int) -> list[Example]:
+    """The examples in an order that `seed` alone decides."""
+    order = list(examples)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _rows(data: Path | None, path: str, hub: tuple[str, str, str]) -> list[dict[str, Any]]:
+    if data is None:
+        return _hub(hub)
+    with gzip.open(data / path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _hub(dataset: tuple[str, str, str]) -> list[dict[str, Any]]:
+    # `datasets` is needed here alone, by whoever retrains the adapters from the hub.
+    from datasets import load_dataset
+
+    name, config, split = dataset
+    return [dict(row) for row in load_dataset(name, config, split=split)]

@@ -1,0 +1,1 @@
+"""Which expert answers? What the builder and the service share: routers, features, the bundle."""

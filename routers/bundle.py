@@ -1,0 +1,250 @@
+"""THE artifact: the folder that the builder writes and the service reads.
+
+    manifest.json        Manifest below, written last; a folder without one is not a bundle
+    router.safetensors   `router.*`: the router's arrays; `features.*`: embeddings (f16, [V, D]) and mean (f32, [D])
+    tokenizer.json       the features' tokenizer
+    build.json           how the bundle came about: similarities, clusters, every merge tried (builder/record.py)
+    experts/<name>/      one whole model each, in the layout that transformers, vLLM and llama.cpp's converter load
+
+No pickle, no absolute path, no time stamp. Unknown fields and other format numbers are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from tokenizers import Tokenizer
+
+from routers.base import Policy, Router
+from routers.errors import BundleError
+from routers.features import TokenEmbeddings
+from routers.fixed import FixedRouter
+from routers.linear import LinearRouter
+from routers.prompt import PromptRouter
+from routers.scorecard import Scorecard
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ROUTER = "router.safetensors"
+TOKENIZER = "tokenizer.json"
+RECORD = "build.json"
+EXPERTS = "experts"
+
+ROUTERS: dict[str, type[Router]] = {"linear": LinearRouter, "fixed": FixedRouter}
+
+
+class Strict(BaseModel):
+    """Data that is written once and refuses fields it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\\" in path:
+        raise ValueError(f"{path!r} is not a path inside the bundle")
+    return path
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
+ExpertName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Digest(Strict):
+    """A file's size and hash."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Source(Strict):
+    """A model that an expert was made of; `weights` is the digest of its weight files."""
+
+    model: str
+    source: str
+    revision: str | None
+    weights: str
+    coefficient: float
+
+
+class Expert(Strict):
+    """One whole model of the bundle."""
+
+    name: ExpertName
+    method: str
+    sources: tuple[Source, ...] = Field(min_length=1)
+    subjects: tuple[str, ...] = ()
+    scores: dict[str, float] = {}
+    context_window: int = Field(gt=0)
+    files: dict[Inside, Digest]
+
+
+class RouterEntry(Strict):
+    """Which router; its arrays are in router.safetensors."""
+
+    kind: str
+    k: int = Field(ge=1)
+
+
+class FeaturesEntry(Strict):
+    """What turns a prompt into a vector."""
+
+    kind: Literal["token-embeddings"] = "token-embeddings"
+    model: str
+    dimension: int = Field(gt=0)
+
+
+class Manifest(Strict):
+    """All that a reader needs to know of a bundle before it opens anything else."""
+
+    format: Literal[1] = FORMAT
+    zoo: str
+    zoo_sha256: str
+    seed: int
+    default: ExpertName
+    experts: tuple[Expert, ...] = Field(min_length=1)
+    router: RouterEntry
+    features: FeaturesEntry
+    scorecard: Scorecard | None = None
+    files: dict[Inside, Digest]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the experts, in order."""
+        return tuple(expert.name for expert in self.experts)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle as read: its manifest, and its routing ready to use."""
+
+    path: Path
+    manifest: Manifest
+    router: PromptRouter
+
+    def folder(self, expert: str) -> Path:
+        """Where an expert's model is."""
+        return self.path / EXPERTS / expert
+
+
+def write(path: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder whose other files are already there; the last step of a build."""
+    partial = path / f"{MANIFEST}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(manifest.model_dump_json(indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path / MANIFEST)
+
+
+def save_router(path: Path, router: Router, features: TokenEmbeddings) -> None:
+    """Write router.safetensors into the folder `path`."""
+    arrays: dict[str, np.ndarray] = {f"router.{name}": array for name, array in router.arrays().items()}
+    arrays |= {f"features.{name}": array for name, array in features.arrays().items()}
+    (path / ROUTER).write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+
+
+def read(path: Path) -> Bundle:
+    """The bundle in the folder `path`.
+
+    The manifest, the router's files by hash, and the experts' files by size are checked; `verify` hashes everything.
+    Raises BundleError.
+    """
+    manifest = read_manifest(path)
+    for name in (ROUTER, TOKENIZER):
+        _check(path, name, manifest.files.get(name), hashed=True)
+    for name, digest in _expert_files(manifest):
+        _check(path, name, digest, hashed=False)
+    return Bundle(path, manifest, _prompt_router(path, manifest))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest alone. Raises BundleError for a missing, malformed or foreign one."""
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise BundleError(f"no {MANIFEST} in {path}: did the build finish? (builder build --out {path})") from exc
+    try:
+        number = json.loads(text).get("format")
+        if number != FORMAT:
+            raise BundleError(f"{path} is a bundle of format {number!r}, this release reads {FORMAT}: build it again")
+        manifest = Manifest.model_validate_json(text)
+    except (ValidationError, ValueError, AttributeError) as exc:
+        raise BundleError(f"{path / MANIFEST} is not a manifest: {_first_line(exc)}") from exc
+    if manifest.router.kind not in ROUTERS:
+        raise BundleError(f"{path} has a router of kind {manifest.router.kind!r}; known: {', '.join(ROUTERS)}")
+    if manifest.default not in manifest.names:
+        raise BundleError(f"{path} has no expert {manifest.default!r}, its default; it has {', '.join(manifest.names)}")
+    if manifest.router.k > len(manifest.experts):
+        raise BundleError(f"{path} routes to {manifest.router.k} experts and has {len(manifest.experts)}")
+    return manifest
+
+
+def verify(path: Path) -> Iterator[str]:
+    """Hash every file that the manifest names; yields each path once it is found good. Raises BundleError."""
+    manifest = read_manifest(path)
+    for name, digest in [*manifest.files.items(), *_expert_files(manifest)]:
+        _check(path, name, digest, hashed=True)
+        yield name
+
+
+def digest(path: Path) -> Digest:
+    """Size and hash of a file."""
+    with path.open("rb") as file:
+        return Digest(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _expert_files(manifest: Manifest) -> list[tuple[str, Digest]]:
+    return [
+        (f"{EXPERTS}/{expert.name}/{name}", digest)
+        for expert in manifest.experts
+        for name, digest in expert.files.items()
+    ]
+
+
+def _check(path: Path, name: str, expected: Digest | None, *, hashed: bool) -> None:
+    if expected is None:
+        raise BundleError(f"the manifest of {path} does not list {name}: build it again")
+    try:
+        size = (path / name).stat().st_size
+    except OSError as exc:
+        raise BundleError(f"{path / name} is missing: copy the bundle again, or build it again") from exc
+    if size != expected.bytes:
+        raise BundleError(f"{path / name} has {size} bytes, not {expected.bytes}: truncated? Copy the bundle again")
+    if hashed and digest(path / name).sha256 != expected.sha256:
+        raise BundleError(f"{path / name} is not the file that was built (sha256 differs): copy the bundle again")
+
+
+def _prompt_router(path: Path, manifest: Manifest) -> PromptRouter:
+    try:
+        with safe_open(path / ROUTER, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safe_open is no dict
+        tokenizer = Tokenizer.from_file(str(path / TOKENIZER))
+        features = TokenEmbeddings(tokenizer, arrays["features.embeddings"], arrays["features.mean"])
+    except (SafetensorError, KeyError) as exc:
+        raise BundleError(f"{path / ROUTER} is not a router's file ({exc}): build it again") from exc
+    stored = {name.removeprefix("router."): array for name, array in arrays.items() if name.startswith("router.")}
+    router = ROUTERS[manifest.router.kind].from_arrays(manifest.names, stored)
+    if features.dimension != manifest.features.dimension:
+        raise BundleError(
+            f"{path / ROUTER} has features of {features.dimension} dimensions, the manifest says "
+            f"{manifest.features.dimension}: build it again"
+        )
+    return PromptRouter(features, router, Policy(manifest.default, manifest.router.k))
+
+
+def _first_line(exc: Exception) -> str:
+    if isinstance(exc, ValidationError):
+        error = exc.errors()[0]
+        return f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
+    return str(exc)

@@ -1,0 +1,1 @@
+"""A request, answered: a bundle behind the OpenAI API."""
