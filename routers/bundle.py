@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -33,7 +33,7 @@ from routers.linear import LinearRouter
 from routers.prompt import PromptRouter
 from routers.scorecard import Scorecard
 
-FORMAT = 1
+FORMAT: Final = 1
 MANIFEST = "manifest.json"
 ROUTER = "router.safetensors"
 TOKENIZER = "tokenizer.json"

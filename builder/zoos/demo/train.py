@@ -28,7 +28,8 @@ def render(example: texts.Example, chat: bool, tokenizer: Any) -> str:
     if not chat:
         return example.plain + tokenizer.eos_token
     turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    return text
 
 
 def batches(examples: list[texts.Example], tokenizer: Any, *, rows: int, steps: int, seed: int) -> list[torch.Tensor]:

@@ -1,0 +1,1 @@
+"""Engines run experts; base.py is what the service asks of one."""
