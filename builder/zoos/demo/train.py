@@ -26,7 +26,7 @@ WINDOW = 256
 def render(example: texts.Example, chat: bool, tokenizer: Any) -> str:
     """An example as the model will meet it: in its chat template, or as plain text."""
     if not chat:
-        return example.plain + tokenizer.eos_token
+        return f"{example.plain}{tokenizer.eos_token}"
     turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer}]
     text: str = tokenizer.apply_chat_template(turns, tokenize=False)
     return text

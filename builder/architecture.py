@@ -1,0 +1,75 @@
+"""Which models may be merged at all, from config.json and headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from builder.checkpoints import Checkpoint
+
+Part = Literal["attention", "mlp"]
+
+_ATTENTION = re.compile(r"attn|attention")
+_MLP = re.compile(r"mlp|feed_forward|ffn")
+_VOCABULARY = re.compile(r"(embed_tokens|wte|lm_head|word_embeddings|output_projection)\.weight$")
+
+
+def family_key(checkpoint: Checkpoint) -> str:
+    """Equal for models that one merge may mix (PAPER.md 3): class, shapes, rotary base and scaling, norm eps, tiedness.
+
+    The number of vocabulary rows is left out: real families hold 32000, 32001, 32016 and 32032 rows.
+    """
+    config = checkpoint.config
+    rope = rope_parameters(config)
+    shapes = {
+        name: list(tensor.shape[1:] if is_vocabulary(name) else tensor.shape)
+        for name, tensor in sorted(checkpoint.tensors.items())
+    }
+    facts = {
+        "class": config.get("architectures"),
+        "rope": rope,
+        "norm_eps": _rounded(config.get("rms_norm_eps", config.get("layer_norm_epsilon"))),
+        "tied": bool(config.get("tie_word_embeddings", False)),
+        "heads": [config.get("num_attention_heads"), config.get("num_key_value_heads")],
+        "activation": config.get("hidden_act", config.get("activation_function")),
+        "shapes": shapes,
+    }
+    text = json.dumps(facts, sort_keys=True)
+    return f"{(config.get('architectures') or ['unknown'])[0]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary base and scaling, from the new key or the old ones; transformers' default base is 10000."""
+    new = config.get("rope_parameters")
+    if new:
+        return {**new, "rope_theta": float(new.get("rope_theta", 10000.0))}
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    return {**scaling, "rope_type": kind, "rope_theta": float(config.get("rope_theta", 10000.0))}
+
+
+def context_window(config: Mapping[str, Any]) -> int:
+    """Tokens of prompt and answer together."""
+    return int(config.get("max_position_embeddings", config.get("n_positions", 2048)))
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row a token."""
+    return _VOCABULARY.search(name) is not None
+
+
+def part(name: str, shape: tuple[int, ...]) -> Part | None:
+    """Which part of a decoder layer a matrix is of; None for embeddings, head, norms and biases."""
+    if len(shape) != 2 or is_vocabulary(name) or "norm" in name:
+        return None
+    if _ATTENTION.search(name):
+        return "attention"
+    return "mlp" if _MLP.search(name) else None
+
+
+def _rounded(value: float | None) -> str | None:
+    # GGUF keeps 1e-5 as a float32, 9.99999974e-06.
+    return None if value is None else f"{value:.6g}"

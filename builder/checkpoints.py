@@ -1,0 +1,256 @@
+"""The only file that opens weights: lazy, sharded, .safetensors and .bin; and writes them, header first.
+
+A tensor is read as float32 and written rounded once. bfloat16 has no numpy type: its bits are the upper half of
+a float32's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from builder.errors import CheckpointError
+
+Array = NDArray[np.float32]
+STORAGE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+SHARD_BYTES = 5 * 10**9
+IGNORED = ("rotary_emb.inv_freq",)
+"""Buffers that old checkpoints hold and every model computes for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return math.prod(self.shape) * STORAGE[self.dtype].itemsize
+
+
+class Checkpoint:
+    """A model folder whose tensors are read one at a time. Raises CheckpointError for what it cannot read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = weight_files(folder)
+        self._readers = [_Pickle(file) if file.suffix == ".bin" else Safetensors(file) for file in self._files]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return read_config(self.folder)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, in the files' order, from the headers."""
+        return {
+            name: tensor
+            for reader in self._readers
+            for name, tensor in reader.tensors.items()
+            if not name.endswith(IGNORED)
+        }
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
+    def read(self, name: str) -> Array:
+        """A tensor as float32; a copy of its own. Raises CheckpointError for one with NaN or inf."""
+        for reader in self._readers:
+            if name in reader.tensors:
+                values = reader.read(name)
+                if not np.isfinite(values).all():
+                    raise CheckpointError(
+                        f"{self.folder}: {name} holds NaN or inf: fetch the model again, or leave it out"
+                    )
+                return values
+        raise CheckpointError(f"{self.folder} has no tensor {name}")
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the weight files' names and bytes: what results about this model are keyed by."""
+        total = hashlib.sha256()
+        for path in self._files:
+            with path.open("rb") as file:
+                total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        return total.hexdigest()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises CheckpointError."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{folder} has no readable config.json: is it a model folder?") from exc
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder: safetensors if there are any, else .bin. Raises CheckpointError."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            missing = [name for name in names if not (folder / name).exists()]
+            if missing:
+                raise CheckpointError(f"{folder} lacks {', '.join(missing)}: fetch the model again")
+            return [folder / name for name in names]
+        if (folder / f"{stem}{suffix}").exists():
+            return [folder / f"{stem}{suffix}"]
+    raise CheckpointError(f"{folder} has no model.safetensors and no pytorch_model.bin: is it a model folder?")
+
+
+def write(folder: Path, layout: Mapping[str, Tensor], tensors: Iterator[tuple[str, Array]]) -> None:
+    """Write `tensors` into the folder as safetensors, one shard or several with an index.
+
+    The layout is known first, so every tensor goes straight to its place; what is in memory is one tensor. The order
+    and the set of `tensors` must be the layout's. Files get their mode from the umask, and are synced.
+    """
+    shards = _shards(layout)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        index = {
+            "metadata": {"total_size": sum(tensor.bytes for tensor in layout.values())},
+            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    for file_name, shard in zip(names, shards, strict=True):
+        with (folder / file_name).open("wb") as file:
+            file.write(_header({name: layout[name] for name in shard}))
+            for expected in shard:
+                name, values = next(tensors)
+                if name != expected or values.shape != layout[name].shape:
+                    raise AssertionError(
+                        f"{name} {values.shape} came where {expected} {layout[expected].shape} was due"
+                    )
+                file.write(_stored(values, layout[name].dtype).data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Safetensors:
+    """One .safetensors file: an 8-byte length, a JSON header, the bytes (huggingface/safetensors, README)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offsets: dict[str, int] = {}
+        self.tensors: dict[str, Tensor] = {}
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise CheckpointError(f"{path} is truncated or no safetensors file: fetch it again")
+            try:
+                header = json.loads(file.read(length))
+                header.pop("__metadata__", None)
+                entries = [(name, e["dtype"], tuple(e["shape"]), e["data_offsets"]) for name, e in header.items()]
+            except (ValueError, AttributeError, KeyError, TypeError) as exc:
+                raise CheckpointError(f"{path} has a header that is not a safetensors header: fetch it again") from exc
+        for name, dtype, shape, (begin, end) in entries:
+            if dtype not in STORAGE:
+                raise CheckpointError(
+                    f"{path}: {name} is {dtype}; only {', '.join(STORAGE)} can be merged: use the unquantised model"
+                )
+            tensor = Tensor(dtype, shape)
+            if end - begin != tensor.bytes or 8 + length + end > size:
+                raise CheckpointError(f"{path} is truncated at {name} ({size} bytes): fetch it again")
+            self.tensors[name] = tensor
+            self._offsets[name] = 8 + length + begin
+
+    def read(self, name: str) -> Array:
+        tensor = self.tensors[name]
+        count = math.prod(tensor.shape)
+        raw = np.fromfile(self._path, STORAGE[tensor.dtype], count, offset=self._offsets[name])
+        return _loaded(raw, tensor.dtype).reshape(tensor.shape)
+
+
+class _Pickle:
+    """One pytorch_model*.bin, read with weights_only: a pickle that wants to run code is refused."""
+
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        self._path = path
+        names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        try:
+            self._state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as exc:
+            # torch raises RuntimeError, UnpicklingError, EOFError and others for damaged or unsafe files alike.
+            raise CheckpointError(
+                f"{path} cannot be read as plain weights ({type(exc).__name__}): {_first(exc)}"
+            ) from exc
+        unknown = [
+            name for name, value in self._state.items() if value.dtype not in names and not name.endswith(IGNORED)
+        ]
+        if unknown:
+            raise CheckpointError(f"{path}: {unknown[0]} is {self._state[unknown[0]].dtype}: use the unquantised model")
+        self.tensors = {
+            name: Tensor(names[value.dtype], tuple(value.shape))
+            for name, value in self._state.items()
+            if value.dtype in names
+        }
+
+    def read(self, name: str) -> Array:
+        values: Array = self._state[name].float().numpy().copy()
+        return values
+
+
+def _shards(layout: Mapping[str, Tensor]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, tensor in layout.items():
+        if shards[-1] and tensor.bytes > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= tensor.bytes
+    return shards
+
+
+def _header(layout: Mapping[str, Tensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in layout.items():
+        end = offset + tensor.bytes
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _loaded(raw: NDArray[Any], dtype: str) -> Array:
+    if dtype == "BF16":
+        values: Array = (raw.astype(np.uint32) << 16).view(np.float32)
+        return values
+    return raw.astype(np.float32)
+
+
+def _stored(values: Array, dtype: str) -> NDArray[Any]:
+    """The values' storage in `dtype`, rounded to nearest, ties to even."""
+    values = np.ascontiguousarray(values, np.float32)
+    if dtype != "BF16":
+        return values.astype(STORAGE[dtype])
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _first(exc: Exception) -> str:
+    return str(exc).strip().split("\n")[0]

@@ -1,0 +1,25 @@
+"""The builder's failures, below routers.errors.ModelGlueError."""
+
+from __future__ import annotations
+
+from routers.errors import ModelGlueError
+
+
+class ZooError(ModelGlueError):
+    """A zoo file that cannot be followed: an unknown key, a missing model, a value out of range."""
+
+
+class SourceError(ModelGlueError):
+    """Models that are not here and cannot be had, or are not what they should be."""
+
+
+class CheckpointError(ModelGlueError):
+    """Weights that cannot be read: truncated, of an unknown type, not finite, not there."""
+
+
+class MergeError(ModelGlueError):
+    """Models that cannot be merged as asked."""
+
+
+class BuildError(ModelGlueError):
+    """A build that cannot go on or must not start."""

