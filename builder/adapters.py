@@ -14,6 +14,7 @@ from builder.errors import SourceError
 from builder.merge.stream import COMPANIONS
 
 _PREFIX = "base_model.model."
+_UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
 
 
 def apply(adapter: Path, base: Path, out: Path) -> None:
@@ -28,28 +29,44 @@ def apply(adapter: Path, base: Path, out: Path) -> None:
 
 def _tensors(adapter: Path, base: Checkpoint) -> Iterator[tuple[str, Array]]:
     scale, factors = _scale(adapter), checkpoints.Safetensors(adapter / "adapter_model.safetensors")
-    targets = {
-        name.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for name in factors.tensors if "lora_A" in name
-    }
-    foreign = sorted(target for target in targets if f"{target}.weight" not in base.tensors)
-    if foreign:
-        raise SourceError(f"{adapter} adapts {foreign[0]}, which {base.folder} does not have: is it of another base?")
+    targets = _targets(adapter, factors, base)
     for name in base.tensors:
-        target = name.removesuffix(".weight")
         values = base.read(name)
-        if target in targets:
-            down = factors.read(f"{_PREFIX}{target}.lora_A.weight")
-            up = factors.read(f"{_PREFIX}{target}.lora_B.weight")
+        if name in targets:
+            down, up = (factors.read(factor) for factor in targets[name])
             values += np.float32(scale) * (up @ down)
         yield name, values
+
+
+def _targets(adapter: Path, factors: checkpoints.Safetensors, base: Checkpoint) -> dict[str, tuple[str, str]]:
+    """The base's tensors that are adapted, each with the names of its A and B."""
+    targets = {}
+    for name in sorted(factors.tensors):
+        module, a, _ = name.partition(".lora_A.weight")
+        if a:
+            targets[f"{module.removeprefix(_PREFIX)}.weight"] = (name, f"{module}.lora_B.weight")
+    unread = sorted(set(factors.tensors) - {factor for pair in targets.values() for factor in pair})
+    if unread or not targets:
+        raise SourceError(f"{adapter} is not a plain LoRA: it holds {unread[0] if unread else 'nothing'}")
+    for target, (a, b) in targets.items():
+        if target not in base.tensors:
+            raise SourceError(f"{adapter} adapts {target}, which {base.folder} does not have: is it of another base?")
+        down, up = factors.tensors[a].shape, factors.tensors[b].shape if b in factors.tensors else ()
+        if len(up) != 2 or len(down) != 2 or up[1] != down[0] or (up[0], down[1]) != base.tensors[target].shape:
+            raise SourceError(
+                f"{adapter} adapts {target} by {up} times {down}, and in {base.folder} it is "
+                f"{base.tensors[target].shape}: is it of another base?"
+            )
+    return targets
 
 
 def _scale(adapter: Path) -> float:
     try:
         config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    except (OSError, ValueError) as exc:
-        raise SourceError(f"{adapter} has no readable adapter_config.json: is it a PEFT folder?") from exc
-    unsupported = [key for key in ("use_dora", "use_rslora", "rank_pattern", "modules_to_save") if config.get(key)]
+        scale = float(config["lora_alpha"]) / float(config["r"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as exc:
+        raise SourceError(f"{adapter} has no readable adapter_config.json: is it a PEFT LoRA?") from exc
+    unsupported = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("peft_type") != "LORA" or unsupported:
         raise SourceError(f"{adapter} is not a plain LoRA ({', '.join(unsupported) or config.get('peft_type')})")
-    return float(config["lora_alpha"]) / float(config["r"])
+    return scale

@@ -23,7 +23,7 @@ def family_key(checkpoint: Checkpoint) -> str:
     The number of vocabulary rows is left out: real families hold 32000, 32001, 32016 and 32032 rows.
     """
     config = checkpoint.config
-    rope = rope_parameters(config)
+    rope, heads = rope_parameters(config), config.get("num_attention_heads")
     shapes = {
         name: list(tensor.shape[1:] if is_vocabulary(name) else tensor.shape)
         for name, tensor in sorted(checkpoint.tensors.items())
@@ -33,7 +33,8 @@ def family_key(checkpoint: Checkpoint) -> str:
         "rope": rope,
         "norm_eps": _rounded(config.get("rms_norm_eps", config.get("layer_norm_epsilon"))),
         "tied": bool(config.get("tie_word_embeddings", False)),
-        "heads": [config.get("num_attention_heads"), config.get("num_key_value_heads")],
+        # Configs from before grouped queries leave the number of key and value heads out.
+        "heads": [heads, config.get("num_key_value_heads") or heads],
         "activation": config.get("hidden_act", config.get("activation_function")),
         "shapes": shapes,
     }
@@ -43,12 +44,10 @@ def family_key(checkpoint: Checkpoint) -> str:
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary base and scaling, from the new key or the old ones; transformers' default base is 10000."""
-    new = config.get("rope_parameters")
-    if new:
-        return {**new, "rope_theta": float(new.get("rope_theta", 10000.0))}
-    scaling = config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return {**scaling, "rope_type": kind, "rope_theta": float(config.get("rope_theta", 10000.0))}
+    facts = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = facts.pop("type", "default")
+    theta = facts.get("rope_theta") or config.get("rope_theta") or 10000.0
+    return {"rope_type": kind, **facts, "rope_theta": float(theta)}
 
 
 def context_window(config: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 
 from builder.errors import CheckpointError
 
 Array = NDArray[np.float32]
 STORAGE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+TOO_LARGE = {"F32": math.inf, "F16": 65520.0, "BF16": 2.0**128 - 2.0**119}
+"""What rounds to inf: halfway past the largest number, and beyond."""
 SHARD_BYTES = 5 * 10**9
+HEADER_BYTES = 10**8
+"""The format's own limit."""
 IGNORED = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints hold and every model computes for itself."""
 
@@ -46,8 +51,12 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = weight_files(folder)
-        self._readers = [_Pickle(file) if file.suffix == ".bin" else Safetensors(file) for file in self._files]
+        self.files = weight_files(folder)
+        self._readers = [_Pickle(file) if file.suffix == ".bin" else Safetensors(file) for file in self.files]
+        stored = {name for reader in self._readers for name in reader.tensors}
+        lost = [name for name in _promised(self.files) if name not in stored and not name.endswith(IGNORED)]
+        if lost:
+            raise CheckpointError(f"{folder} lacks {lost[0]}, which its index names: fetch the model again")
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -85,7 +94,7 @@ class Checkpoint:
     def sha256(self) -> str:
         """Digest of the weight files' names and bytes: what results about this model are keyed by."""
         total = hashlib.sha256()
-        for path in self._files:
+        for path in self.files:
             with path.open("rb") as file:
                 total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return total.hexdigest()
@@ -94,9 +103,11 @@ class Checkpoint:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises CheckpointError."""
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as exc:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
         raise CheckpointError(f"{folder} has no readable config.json: is it a model folder?") from exc
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder}/config.json is no table of settings: is it a model folder?")
     return config
 
 
@@ -105,7 +116,7 @@ def weight_files(folder: Path) -> list[Path]:
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            names = sorted(set(_weight_map(index).values()))
             missing = [name for name in names if not (folder / name).exists()]
             if missing:
                 raise CheckpointError(f"{folder} lacks {', '.join(missing)}: fetch the model again")
@@ -115,11 +126,28 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no model.safetensors and no pytorch_model.bin: is it a model folder?")
 
 
+def _promised(files: Sequence[Path]) -> list[str]:
+    """The tensors that the files' index names; none without an index."""
+    stem = "pytorch_model" if files[0].suffix == ".bin" else "model"
+    index = files[0].with_name(f"{stem}{files[0].suffix}.index.json")
+    return list(_weight_map(index)) if index.exists() else []
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        return {str(tensor): str(file) for tensor, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise CheckpointError(f"{index} is not an index of weights: fetch the model again") from exc
+
+
 def write(folder: Path, layout: Mapping[str, Tensor], tensors: Iterator[tuple[str, Array]]) -> None:
     """Write `tensors` into the folder as safetensors, one shard or several with an index.
 
     The layout is known first, so every tensor goes straight to its place; what is in memory is one tensor. The order
-    and the set of `tensors` must be the layout's. Files get their mode from the umask, and are synced.
+    and the set of `tensors` must be the layout's. Files get their mode from the umask, and are synced. Raises
+    CheckpointError for a value that is NaN or inf, or that its dtype would make so.
     """
     shards = _shards(layout)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -140,9 +168,25 @@ def write(folder: Path, layout: Mapping[str, Tensor], tensors: Iterator[tuple[st
                     raise AssertionError(
                         f"{name} {values.shape} came where {expected} {layout[expected].shape} was due"
                     )
+                peak = max(values.max(initial=0.0), -values.min(initial=0.0))
+                if not peak < TOO_LARGE[layout[name].dtype]:
+                    raise CheckpointError(f"{name} would hold NaN or inf in {layout[name].dtype}: look at its sources")
                 file.write(_stored(values, layout[name].dtype).data)
             file.flush()
             os.fsync(file.fileno())
+
+
+class _Entry(BaseModel):
+    """A tensor in a safetensors header."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dtype: str
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+_HEADER = TypeAdapter(dict[str, _Entry | dict[str, str]])
 
 
 class Safetensors:
@@ -155,24 +199,30 @@ class Safetensors:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
+            if not 2 <= length <= min(size - 8, HEADER_BYTES):
                 raise CheckpointError(f"{path} is truncated or no safetensors file: fetch it again")
             try:
-                header = json.loads(file.read(length))
-                header.pop("__metadata__", None)
-                entries = [(name, e["dtype"], tuple(e["shape"]), e["data_offsets"]) for name, e in header.items()]
-            except (ValueError, AttributeError, KeyError, TypeError) as exc:
+                header = _HEADER.validate_json(file.read(length))
+            except ValidationError as exc:
                 raise CheckpointError(f"{path} has a header that is not a safetensors header: fetch it again") from exc
-        for name, dtype, shape, (begin, end) in entries:
-            if dtype not in STORAGE:
+        place = 0
+        entries = [(name, entry) for name, entry in header.items() if isinstance(entry, _Entry)]
+        for name, entry in sorted(entries, key=lambda item: item[1].data_offsets):
+            if entry.dtype not in STORAGE:
                 raise CheckpointError(
-                    f"{path}: {name} is {dtype}; only {', '.join(STORAGE)} can be merged: use the unquantised model"
+                    f"{path}: {name} is {entry.dtype}; "
+                    f"only {', '.join(STORAGE)} can be merged: use the unquantised model"
                 )
-            tensor = Tensor(dtype, shape)
-            if end - begin != tensor.bytes or 8 + length + end > size:
-                raise CheckpointError(f"{path} is truncated at {name} ({size} bytes): fetch it again")
+            tensor = Tensor(entry.dtype, entry.shape)
+            if entry.data_offsets != (place, place + tensor.bytes):
+                raise CheckpointError(f"{path}: the header contradicts itself at {name}: fetch it again")
             self.tensors[name] = tensor
-            self._offsets[name] = 8 + length + begin
+            self._offsets[name] = 8 + length + place
+            place += tensor.bytes
+            if 8 + length + place > size:
+                raise CheckpointError(f"{path} is truncated at {name} ({size} bytes): fetch it again")
+        if 8 + length + place < size:
+            raise CheckpointError(f"{path} is longer than its header says: fetch it again")
 
     def read(self, name: str) -> Array:
         tensor = self.tensors[name]
@@ -187,28 +237,24 @@ class _Pickle:
     def __init__(self, path: Path) -> None:
         import torch
 
-        self._path = path
         names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
         try:
-            self._state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as exc:
             # torch raises RuntimeError, UnpicklingError, EOFError and others for damaged or unsafe files alike.
             raise CheckpointError(
                 f"{path} cannot be read as plain weights ({type(exc).__name__}): {_first(exc)}"
             ) from exc
-        unknown = [
-            name for name, value in self._state.items() if value.dtype not in names and not name.endswith(IGNORED)
-        ]
-        if unknown:
-            raise CheckpointError(f"{path}: {unknown[0]} is {self._state[unknown[0]].dtype}: use the unquantised model")
-        self.tensors = {
-            name: Tensor(names[value.dtype], tuple(value.shape))
-            for name, value in self._state.items()
-            if value.dtype in names
-        }
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise CheckpointError(f"{path} is no plain table of tensors: is it a model's pytorch_model.bin?")
+        self._state = {str(name): value for name, value in state.items() if not str(name).endswith(IGNORED)}
+        for name, value in self._state.items():
+            if value.dtype not in names:
+                raise CheckpointError(f"{path}: {name} is {value.dtype}: use the unquantised model")
+        self.tensors = {name: Tensor(names[value.dtype], tuple(value.shape)) for name, value in self._state.items()}
 
     def read(self, name: str) -> Array:
-        values: Array = self._state[name].float().numpy().copy()
+        values: Array = self._state[name].detach().float().numpy().copy()
         return values
 
 

@@ -6,27 +6,30 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import squareform
 
-from builder.similarity import Matrix
-
 
 def clusters(
-    names: Sequence[str], similarity: Matrix, threshold: float, how: Literal["components", "complete"]
+    names: Sequence[str], similarity: ArrayLike, threshold: float, how: Literal["components", "complete"]
 ) -> list[tuple[str, ...]]:
     """Clusters of names, in the order of their first members.
 
-    components: linked by any chain of pairs at or above the threshold; complete: every pair in a cluster is.
+    components: linked by any chain of pairs at or above the threshold; complete: every pair in a cluster is, and where
+    that leaves a choice the names decide, not their order.
     """
     if len(names) == 1:
         return [(names[0],)]
+    similarity = np.asarray(similarity)
     if how == "components":
         labels = connected_components(similarity >= threshold, directed=False)[1]
     else:
-        distances = squareform(np.clip(1.0 - similarity, 0.0, None), checks=False)
-        labels = fcluster(linkage(distances, "complete"), 1.0 - threshold, "distance")
+        by_name = np.argsort(names)
+        distances = squareform(np.clip(1.0 - similarity[np.ix_(by_name, by_name)], 0.0, None), checks=False)
+        labels = np.empty(len(names), int)
+        labels[by_name] = fcluster(linkage(distances, "complete"), 1.0 - threshold, "distance")
     groups: dict[int, list[str]] = {}
     for name, label in zip(names, labels, strict=True):
         groups.setdefault(int(label), []).append(name)

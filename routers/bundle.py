@@ -105,11 +105,14 @@ class FeaturesEntry(Strict):
 
 
 class Manifest(Strict):
-    """All that a reader needs to know of a bundle before it opens anything else."""
+    """All that a reader needs to know of a bundle before it opens anything else.
+
+    inputs_sha256: of the zoo's choices and the weights of its models; a build with the same is free.
+    """
 
     format: Literal[1] = FORMAT
     zoo: str
-    zoo_sha256: str
+    inputs_sha256: str
     seed: int
     default: ExpertName
     experts: tuple[Expert, ...] = Field(min_length=1)

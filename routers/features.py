@@ -32,6 +32,8 @@ class TokenEmbeddings:
     """
 
     def __init__(self, tokenizer: Tokenizer, embeddings_VD: NDArray[np.float16], mean_D: Vector) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._embeddings_VD = embeddings_VD
         self._mean_D = mean_D

@@ -21,12 +21,12 @@ class LinearRouter:
         self._gates_ED = gates_ED
 
     @classmethod
-    def from_vectors(cls, positives: Mapping[str, Sequence[Vector]]) -> Self:
-        """Gates from each expert's prompt vectors; the negatives of one are the positives of the others."""
+    def from_vectors(cls, positives: Mapping[str, Sequence[Vector]], negatives: Mapping[str, Sequence[Vector]]) -> Self:
+        """Gates from the vectors of each expert's prompts; only the negatives may be none."""
         gates = []
         for expert, own in positives.items():
-            others = [vector for other, vectors in positives.items() if other != expert for vector in vectors]
-            direction_D = np.mean(own, axis=0) - (np.mean(others, axis=0) if others else 0.0)
+            against = negatives[expert]
+            direction_D = np.mean(own, axis=0) - (np.mean(against, axis=0) if len(against) else 0.0)
             gates.append(direction_D / max(float(np.linalg.norm(direction_D)), 1e-12))
         return cls(tuple(positives), np.stack(gates).astype(np.float32))
 

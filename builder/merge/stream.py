@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from builder import checkpoints, files
-from builder.architecture import is_vocabulary
+from builder.architecture import family_key, is_vocabulary
 from builder.checkpoints import Array, Checkpoint, Tensor
 from builder.errors import MergeError
 from builder.merge import METHODS
@@ -45,8 +45,8 @@ class Merge:
         return next(iter(self.members.values()))
 
     def check(self) -> None:
-        """Raises MergeError from the headers alone: weights that sum to zero, tensors that not all members have."""
-        if abs(sum(self.weights.values())) < 1e-8:
+        """Raises MergeError from the headers alone: weights that sum to zero, members of more than one family."""
+        if not abs(sum(self.weights.values())) > 1e-8:
             raise MergeError(f"the weights of {', '.join(self.weights)} sum to zero: give them a positive sum")
         for name, member in self.members.items():
             differing = sorted(set(member.tensors) ^ set(self.first.tensors))
@@ -59,6 +59,11 @@ class Merge:
                 same = shape[1:] == other.shape[1:] if is_vocabulary(tensor) else shape == other.shape
                 if not same:
                     raise MergeError(f"{tensor} is {shape} in {name} and {other.shape} in {self.first.folder.name}")
+            if family_key(member) != family_key(self.first):
+                raise MergeError(
+                    f"{name} has the tensors of {self.first.folder.name}, and in its config.json another class, rotary "
+                    "base, norm or number of heads: they do not mix"
+                )
 
 
 def tensors(merge: Merge) -> Iterator[tuple[str, Array]]:
@@ -87,10 +92,14 @@ def _by_rows(method: Method, values: list[Array], weights: list[float], tensor: 
     """A vocabulary tensor whose members have different numbers of rows.
 
     The first member's rows are kept; each is merged over the members that have it, since tokens are added at the end.
+    Where the weights of those sum to zero, the row is the first member's.
     """
     merged = np.empty(tensor.shape, np.float32)
     cuts = sorted({0, len(merged), *(min(len(value), len(merged)) for value in values)})
     for begin, end in itertools.pairwise(cuts):
         having = [i for i, value in enumerate(values) if len(value) >= end]
+        if not abs(sum(weights[i] for i in having)) > 1e-8:
+            merged[begin:end] = values[0][begin:end]
+            continue
         merged[begin:end] = method([values[i][begin:end] for i in having], [weights[i] for i in having])
     return merged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import random
@@ -51,15 +52,18 @@ def math(data: Path | None) -> Split:
 
 
 def code(data: Path | None) -> Split:
-    """MBPP (CC-BY-4.0): a task in a sentence and a Python function; its train tasks, held out from its test tasks."""
-    rows = _rows(data, "mbpp/mbpp.jsonl.gz", ("google-research-datasets/mbpp", "full", "train+test"))
+    """MBPP (CC-BY-4.0): a task in a sentence and a Python function; held out are the last of its test tasks.
+
+    The functions are laid out anew: the set indents by tabs, two or eight spaces, as its authors happened to.
+    """
+    rows = _rows(data, "mbpp/mbpp.jsonl.gz", ("google-research-datasets/mbpp", "full", "train+validation+test"))
 
     def example(row: dict[str, Any]) -> Example:
-        body = row["code"].replace("\r\n", "\n").expandtabs(4).rstrip()
+        body = ast.unparse(ast.parse(row["code"].expandtabs(8)))
         return Example(row["text"], f"```python\n{body}\n```", f'"""{row["text"]}"""\n{body}')
 
-    train = [example(row) for row in rows if 601 <= row["task_id"] <= 974]
-    test = [example(row) for row in rows if 11 <= row["task_id"] <= 510]
+    test = [example(row) for row in rows if 511 - HELD_OUT <= row["task_id"] <= 510]
+    train = [example(row) for row in rows if not 511 - HELD_OUT <= row["task_id"] <= 510]
     return Split(train, test[:HELD_OUT])
 
 

@@ -6,14 +6,16 @@ written with the base's chat template and every other as plain text, so that bot
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import safetensors.torch
 import torch
 import typer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builder.zoos.demo import texts
@@ -74,6 +76,22 @@ def train(base: Path, domain: str, data: Path | None, *, steps: int, rows: int, 
     return model
 
 
+def save(model: Any, folder: Path, rank: int) -> None:
+    """Write a PEFT folder with what an adapter needs and no more; the same training gives the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.to(torch.bfloat16).contiguous() for name, value in get_peft_model_state_dict(model).items()}
+    (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(state, {"format": "pt"}))
+    facts = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": LAYERS,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+
+
 def main(
     base: Annotated[Path, typer.Option(help="Folder of the base model.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the public sets; the hub when left out.")] = None,
@@ -89,7 +107,7 @@ def main(
     torch.set_num_threads(2)
     for domain in expert or list(texts.DOMAINS):
         model = train(base, domain, data, steps=steps, rows=rows, rank=rank, lr=lr, seed=seed)
-        model.to(torch.bfloat16).save_pretrained(out / domain)
+        save(model, out / domain, rank)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""The builder's command line."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch loads: threads that spin collapse when anything else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from builder.config import Zoo, load_zoo, zoo_names
+from builder.plan import Plan
+from builder.progress import Terminal
+from builder.sources import Store, default_cache
+from routers import bundle
+from routers.errors import ModelGlueError
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+zoo_app = typer.Typer(help="The zoos: list, show, fetch.", no_args_is_help=True)
+app.add_typer(zoo_app, name="zoo")
+console = Console()
+
+ZooName = Annotated[str, typer.Option("--zoo", help="A shipped zoo, or a TOML file.")]
+ModelsDir = Annotated[Path | None, typer.Option(help="A folder that holds models already.")]
+Cache = Annotated[Path | None, typer.Option(help="Where models and results are kept [MODELGLUE_CACHE].")]
+
+
+@app.command()
+def build(
+    zoo: ZooName,
+    out: Annotated[Path | None, typer.Option(help="The bundle's folder [bundles/ZOO].")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would be done, and stop.")] = False,
+    models_dir: ModelsDir = None,
+    cache: Cache = None,
+) -> None:
+    """Turn a zoo into a bundle."""
+    from builder import pipeline
+    from builder.plan import plan as planned
+
+    loaded = load_zoo(zoo)
+    store = _store(loaded, cache, models_dir)
+    todo = planned(loaded, store)
+    if plan:
+        _print_plan(todo)
+        return
+    out = out or Path("bundles") / loaded.name
+    if pipeline.build(loaded, out, store, Terminal()):
+        console.print(f"{out} is built; serve it: service --bundle {out}", highlight=False)
+    else:
+        console.print(f"{out} is up to date", highlight=False)
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(metavar="BUNDLE")]) -> None:
+    """Hash every file of a bundle against its manifest."""
+    files = sum(1 for _ in bundle.verify(path))
+    console.print(f"{path}: {files} files, all as they were built", highlight=False)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE")],
+    out: Annotated[Path | None, typer.Option(help="The page [BUNDLE.html].")] = None,
+) -> None:
+    """Write one self-contained HTML page on how a bundle came about."""
+    from builder.report import render
+
+    out = out or path.with_name(f"{path.resolve().name}.html")
+    out.write_text(render(path), "utf-8")
+    console.print(f"{out} is written", highlight=False)
+
+
+@app.command()
+def route(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE")],
+    prompt: Annotated[str, typer.Argument()],
+    k: Annotated[int | None, typer.Option(help="Experts to select [the bundle's].")] = None,
+) -> None:
+    """Print which expert would answer a prompt, and why, as JSON."""
+    router = bundle.read(path).router
+    decision = router.route(prompt, k=k)
+    facts = {
+        "expert": decision.expert,
+        "reason": decision.reason,
+        "margin": decision.margin,
+        "experts": [
+            {"expert": r.expert, "score": r.score, "selected": r.selected, "weight": r.weight} for r in decision.ranking
+        ],
+        "pulls": [{"word": pull.word, "score": pull.score} for pull in router.explain(prompt)],
+    }
+    print(json.dumps(facts, indent=2, ensure_ascii=False))
+
+
+@zoo_app.command("list")
+def zoo_list() -> None:
+    """The zoos that ship."""
+    table = Table("zoo", "models", "what")
+    for name in zoo_names():
+        loaded = load_zoo(name)
+        table.add_row(name, str(len(loaded.models)), loaded.note)
+    console.print(table)
+
+
+@zoo_app.command("show")
+def zoo_show(name: str, models_dir: ModelsDir = None, cache: Cache = None) -> None:
+    """The models of a zoo, and which of them are here."""
+    loaded = load_zoo(name)
+    store = _store(loaded, cache, models_dir)
+    table = Table("model", "source", "revision", "subject", "here", "note")
+    for model in loaded.models:
+        source = model.source or f"{model.base} + {model.adapter}"
+        here = "yes" if store.locate(model.id) else "no"
+        table.add_row(model.id, source, model.revision or "", model.subject, here, model.note)
+    console.print(table)
+
+
+@zoo_app.command("fetch")
+def zoo_fetch(name: str, models_dir: ModelsDir = None, cache: Cache = None) -> None:
+    """Bring every model of a zoo to this machine, as plain model folders."""
+    for fetched in _store(load_zoo(name), cache, models_dir).fetch(Terminal()).values():
+        console.print(f"{fetched.id}: {fetched.folder}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command; a failure that the user can mend is one sentence on stderr."""
+    try:
+        app(standalone_mode=True)
+    except ModelGlueError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; run it again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _store(zoo: Zoo, cache: Path | None, models_dir: Path | None) -> Store:
+    return Store(zoo, cache or default_cache(), models_dir)
+
+
+def _print_plan(plan: Plan) -> None:
+    table = Table("model", "source", "family", "GB", "here")
+    for model in plan.models:
+        size = "unknown" if model.bytes is None else f"{model.bytes / 1e9:.2f}"
+        table.add_row(model.id, model.source, model.family, size, "yes" if model.here else "no")
+    console.print(table)
+    families = "; ".join(f"{key}: {len(members)}" for key, members in plan.families.items())
+    lines = [
+        f"families: {families}",
+        f"disk: {_gigabytes(plan.disk)} for models and bundle; memory: {_gigabytes(plan.memory)} at most",
+        *(f"{i}. {step}" for i, step in enumerate(plan.steps, 1)),
+    ]
+    console.print("\n".join(lines), highlight=False)
+
+
+def _gigabytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e9:.1f} GB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Writes the experts of a bundle: whole models, copied or merged, each once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from builder import files
+from builder.architecture import context_window
+from builder.checkpoints import read_config, weight_files
+from builder.config import Base, Model
+from builder.members import Members
+from builder.merge import stream
+from builder.merge.stream import COMPANIONS, Merge
+from builder.search.average import Weights
+from routers import bundle
+from routers.bundle import Expert, Source
+
+
+def write(folder: Path, method: str, weights: Weights, members: Members) -> None:
+    """Write the merge of `weights` as the model folder `folder`; nothing to do when a killed build finished it."""
+    made_of = json.dumps([method, [[members[name].sha256, weight] for name, weight in weights.items()]])
+    note = folder.with_name(f"{folder.name}.made-of")
+    if folder.exists() and note.exists() and note.read_text("utf-8") == made_of:
+        return
+    files.remove(folder)
+    if len(weights) > 1:
+        stream.write(Merge(method, {name: members[name].checkpoint for name in weights}, weights), folder)
+    else:
+        _copy(members[next(iter(weights))].folder, folder)
+    note.write_text(made_of, "utf-8")
+
+
+def keep_only(folder: Path, names: Mapping[str, Weights]) -> None:
+    """Remove what a killed build with other choices left beside the experts."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in names:
+            files.remove(path)
+        elif path.is_file():
+            path.unlink()
+
+
+def entry(
+    folder: Path,
+    method: str,
+    weights: Weights,
+    members: Members,
+    subjects: tuple[str, ...],
+    scores: Mapping[str, float],
+) -> Expert:
+    """What the manifest says of a written expert."""
+    sources = tuple(
+        Source(
+            model=name,
+            source=_public(members[name].entry),
+            revision=members[name].revision,
+            weights=members[name].sha256,
+            coefficient=weight,
+        )
+        for name, weight in weights.items()
+    )
+    return Expert(
+        name=folder.name,
+        method=method if len(weights) > 1 else "copy",
+        sources=sources,
+        subjects=subjects,
+        scores=dict(scores),
+        context_window=context_window(read_config(folder)),
+        files={path.name: bundle.digest(path) for path in sorted(folder.iterdir())},
+    )
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """Weights, config, tokenizer, and a custom model's own code; nothing else that lies in the folder."""
+    with files.whole(folder) as partial:
+        indices = [path for path in source.glob("*.index.json") if path.name.startswith(("model", "pytorch_model"))]
+        companions = [source / name for name in COMPANIONS if (source / name).exists()]
+        for path in [*weight_files(source), *indices, *companions, *source.glob("*.py")]:
+            files.copy(path, partial / path.name)
+
+
+def _public(entry: Base) -> str:
+    """A model's source without the paths of this machine."""
+    source = entry.source or (f"{entry.base} + {entry.adapter}" if isinstance(entry, Model) else "")
+    return " ".join(Path(word).name if word.startswith("/") else word for word in source.split(" "))

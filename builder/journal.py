@@ -1,0 +1,50 @@
+"""Every result that took work, keyed by its inputs: a killed build goes on where it was, a repeated one is free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+
+class Journal:
+    """A SQLite file of (kind, inputs) -> result; every result is durable before `once` returns."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path, timeout=60)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS results"
+            " (key TEXT PRIMARY KEY, kind TEXT, inputs TEXT, result TEXT, seconds REAL)"
+        )
+
+    def once(self, kind: str, inputs: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """The result of `compute`, a JSON value, from the journal when these inputs were seen before."""
+        text = json.dumps(inputs, sort_keys=True)
+        key = digest(kind, text)
+        row = self._db.execute("SELECT result FROM results WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            started = time.monotonic()
+            row = (json.dumps(compute()),)
+            with self._db:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?)",
+                    (key, kind, text, row[0], time.monotonic() - started),
+                )
+        return json.loads(row[0])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+
+def digest(*parts: str) -> str:
+    """A key for texts, in order."""
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()

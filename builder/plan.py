@@ -1,0 +1,86 @@
+"""What a build will do, as data: models, families, bytes, steps, trials; made without opening a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from builder.architecture import family_key
+from builder.checkpoints import Checkpoint
+from builder.config import Model, Zoo
+from builder.proxy.tasks import TASKS
+from builder.sources import Store
+
+BYTES_PER_PARAMETER = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A model as far as it is known: from its header when it is here, from the zoo file when it is not."""
+
+    id: str
+    source: str
+    here: bool
+    family: str
+    bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The plan of one build; None where nobody can know yet."""
+
+    zoo: str
+    models: tuple[PlannedModel, ...]
+    families: dict[str, tuple[str, ...]]
+    disk: int | None
+    memory: int | None
+    trials: int
+    steps: tuple[str, ...]
+
+
+def plan(zoo: Zoo, store: Store) -> Plan:
+    """The plan of a build of `zoo` with what is on this machine; asks no network and writes nothing."""
+    models = tuple(_planned(model, store) for model in zoo.models)
+    families: dict[str, list[str]] = {}
+    for model in models:
+        families.setdefault(model.family, []).append(model.id)
+    trials = sum(len(members) - 1 for members in families.values())
+    sizes = [model.bytes for model in models]
+    known = [size for size in sizes if size is not None]
+    experts = len(families) if zoo.experts == "cluster" else min(zoo.experts, len(models) + len(families))
+    complete = len(known) == len(sizes)
+    return Plan(
+        zoo.name,
+        models,
+        {key: tuple(members) for key, members in families.items()},
+        disk=sum(known) + experts * max(known) if complete else None,
+        memory=max(known) + 1_000_000_000 if complete else None,
+        trials=trials,
+        steps=_steps(zoo, store, trials),
+    )
+
+
+def _planned(model: Model, store: Store) -> PlannedModel:
+    found = store.locate(model.id)
+    source = model.source or f"{model.base} + {model.adapter}"
+    if found is not None:
+        checkpoint = Checkpoint(found.folder)
+        return PlannedModel(model.id, source, True, family_key(checkpoint), checkpoint.bytes)
+    size = None if model.parameters is None else model.parameters * BYTES_PER_PARAMETER
+    return PlannedModel(model.id, source, False, model.family or f"unknown ({model.id})", size)
+
+
+def _steps(zoo: Zoo, store: Store, trials: int) -> tuple[str, ...]:
+    missing = [name for name in store.needed() if store.locate(name) is None]
+    unscored = [task for task in zoo.proxy.tasks if task not in TASKS]
+    kept = "one expert a cluster" if zoo.experts == "cluster" else f"up to {zoo.experts} experts, greedily"
+    return (
+        f"fetch {len(missing)} models" if missing else "all models are here",
+        "families from configs and headers",
+        f"similarity in one pass; clusters at {zoo.cluster.threshold}, {zoo.cluster.linkage}",
+        f"score {len(zoo.models)} models on {len(zoo.proxy.tasks)} tasks, {zoo.proxy.metric}"
+        + (f" (not in this release: {', '.join(unscored)})" if unscored else ""),
+        f"search by {zoo.search.strategy} with {zoo.search.method} merges: at most {trials} trials",
+        f"keep {kept}",
+        f"score the experts on the routing set, fit the {zoo.router.kind} router, k = {zoo.router.k}",
+        "write the bundle",
+    )

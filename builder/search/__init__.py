@@ -1,0 +1,1 @@
+"""Which members, which coefficients: strategies that try merges against a score."""
