@@ -82,11 +82,11 @@ class Proxy(Strict):
     """What a candidate is scored on: the mean over tasks of the items' mean metric.
 
     accuracy: 1 where the right choice has the highest log-likelihood.
-    likelihood: per-token probability of the right choice, 1 / perplexity; dense, so that few items tell models apart.
+    log_likelihood: nats a token of the right choice, negative, -log of its perplexity; few items tell models apart.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
-    metric: Literal["accuracy", "likelihood"] = "accuracy"
+    metric: Literal["accuracy", "log_likelihood"] = "accuracy"
     limit: int = Field(default=16, gt=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 
@@ -69,7 +70,7 @@ class Evaluator:
             if len(weights) > 1:
                 checkpoints = {name: self._members[name].checkpoint for name in weights}
                 scorer.rewrite(stream.tensors(Merge(self._zoo.search.method, checkpoints, weights)))
-            return [{"accuracy": s.accuracy, "likelihood": s.likelihood} for s in scorer.score(items, advance)]
+            return [dataclasses.asdict(score) for score in scorer.score(items, advance)]
 
 
 def name_of(weights: Mapping[str, float]) -> str:

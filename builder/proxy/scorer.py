@@ -23,11 +23,11 @@ class Score:
     """How a model did on one item.
 
     accuracy: 1.0 where the right choice has the highest summed log-likelihood, else 0.0.
-    likelihood: geometric mean of the right choice's token probabilities, 1 / perplexity.
+    log_likelihood: mean over the right choice's tokens, in nats: minus the log of its perplexity.
     """
 
     accuracy: float
-    likelihood: float
+    log_likelihood: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,4 +134,4 @@ def _batches(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
 
 def _score(item: Item, sums: Sequence[float], tokens: int) -> Score:
     best = max(range(len(sums)), key=lambda c: sums[c])
-    return Score(float(best == item.label), float(torch.tensor(sums[item.label] / tokens).exp()))
+    return Score(float(best == item.label), sums[item.label] / tokens)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from routers.features import MAX_TOKENS, TokenEmbeddings, normalise
+from routers.prompt import PromptRouter
+
+
+def test_a_vector_is_the_centred_unit_mean_of_the_prompts_own_embeddings(tokenizer: Tokenizer) -> None:
+    embeddings_VD = np.random.default_rng(0).normal(size=(11, 6)).astype(np.float16)
+    mean_D = np.random.default_rng(1).normal(size=6).astype(np.float32)
+    vector_D = TokenEmbeddings(tokenizer, embeddings_VD, mean_D).vector("solve the sum")
+    rows = embeddings_VD[[1, 9, 3]].astype(np.float64)
+    expected = rows.mean(axis=0) - mean_D
+    assert vector_D == pytest.approx(expected / np.linalg.norm(expected), abs=1e-6)
+
+
+def test_padding_in_the_tokenizers_file_does_not_reach_a_vector(
+    features: TokenEmbeddings, tokenizer: Tokenizer
+) -> None:
+    before = features.vector("solve the sum")
+    tokenizer.enable_padding(length=32, pad_id=4)
+    tokenizer.enable_truncation(1)
+    again = TokenEmbeddings(tokenizer, features.arrays()["embeddings"], features.arrays()["mean"])
+    assert np.array_equal(again.vector("solve the sum"), before)
+
+
+@pytest.mark.parametrize("text", ["  solve \n\t the   sum ", "solve the sum", "ｓｏｌｖｅ the sum"])
+def test_white_space_and_unicode_forms_do_not_change_a_vector(features: TokenEmbeddings, text: str) -> None:
+    assert normalise(text) == "solve the sum"
+    assert np.array_equal(features.vector(text), features.vector("solve the sum"))
+
+
+def test_no_tokens_give_zeros(features: TokenEmbeddings) -> None:
+    assert not features.vector(" \n ").any()
+
+
+def test_only_the_end_of_a_long_prompt_counts(features: TokenEmbeddings) -> None:
+    long = "dragon " * 2000 + "solve " * MAX_TOKENS
+    assert features.vector(long) == pytest.approx(features.vector("solve"), abs=1e-6)
+
+
+def test_leaving_out_a_token_equals_the_prompt_without_it(features: TokenEmbeddings) -> None:
+    ids = features.tokens("solve the sum the castle")
+    for word, vector_D in features.leaving_out_each(ids):
+        rest = [i for i, token in zip(ids, ["solve", "the", "sum", "the", "castle"], strict=True) if token != word]
+        assert vector_D == pytest.approx(features.of_tokens(rest), abs=1e-5)
+
+
+def test_the_words_that_pulled_are_those_of_the_subject(prompt_router: PromptRouter) -> None:
+    pulls = prompt_router.explain("the python code in the castle")
+    assert prompt_router.route("the python code in the castle").expert == "code"
+    assert {pull.word for pull in pulls[:2]} == {"python", "code"}
+    assert "castle" not in {pull.word for pull in pulls}
+
+
+def test_a_prompt_without_words_goes_to_the_default(prompt_router: PromptRouter) -> None:
+    route = prompt_router.route("")
+    assert (route.expert, route.reason) == ("story", "no_evidence")
+    assert prompt_router.explain("") == []
