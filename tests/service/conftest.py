@@ -1,0 +1,56 @@
+"""A bundle's routing small enough to read, and an app over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from routers.base import Policy
+from routers.features import TokenEmbeddings
+from routers.linear import LinearRouter
+from routers.prompt import PromptRouter
+from service.app import create_app
+from service.engines.echo import EchoEngine
+
+WORDS = {
+    "math": ["add", "subtract", "multiply", "divide", "sum", "fraction"],
+    "code": ["python", "function", "loop", "list", "class", "import"],
+    "story": ["owl", "princess", "forest", "dragon", "castle", "night"],
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    vocabulary = ["?", "the", "a", "of", *(word for words in WORDS.values() for word in words)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def router(tokenizer: Tokenizer) -> PromptRouter:
+    """Three experts that know six words each; `story` is the default."""
+    embeddings_VD = np.random.default_rng(0).standard_normal((tokenizer.get_vocab_size(), 16)).astype(np.float16)
+    prompts = {expert: [" ".join(words[:3]), " ".join(words[3:])] for expert, words in WORDS.items()}
+    features = TokenEmbeddings.centred_on(
+        tokenizer, embeddings_VD, [text for texts in prompts.values() for text in texts]
+    )
+    vectors = {expert: [features.vector(text) for text in texts] for expert, texts in prompts.items()}
+    others = {expert: [v for other in vectors if other != expert for v in vectors[other]] for expert in vectors}
+    linear = LinearRouter.from_vectors(vectors, others)
+    return PromptRouter(features, linear, Policy(default="story"))
+
+
+@pytest.fixture
+def engine(router: PromptRouter) -> EchoEngine:
+    return EchoEngine(router.experts)
+
+
+@pytest.fixture
+def client(router: PromptRouter, engine: EchoEngine) -> Iterator[TestClient]:
+    with TestClient(create_app(router, engine), raise_server_exceptions=False) as client:
+        yield client

@@ -1,0 +1,230 @@
+"""Everything that is refused, each with OpenAI's error body that names the thing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from routers.prompt import PromptRouter
+from service.api import MAX_BODY
+from service.app import create_app
+from service.engines.base import EngineError, Job, NotReadyError, Piece, Prompt, Sampling
+from service.engines.echo import EchoEngine
+
+USER = {"role": "user", "content": "hi"}
+
+
+class Refusing(EchoEngine):
+    """Raises in `prepare`."""
+
+    def __init__(self, experts: tuple[str, ...], failure: Exception) -> None:
+        super().__init__(experts)
+        self._failure = failure
+
+    def prepare(self, expert: str, prompt: Prompt, sampling: Sampling) -> Job:
+        raise self._failure
+
+
+class Stillborn(EchoEngine):
+    """Dies before its first piece."""
+
+    async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+        raise EngineError("code is out of memory")
+        yield
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2), ("n", True), ("best_of", 3), ("echo", True), ("logprobs", 0), ("logprobs", 5), ("suffix", "end"),
+        ("logit_bias", {"50": 1}), ("presence_penalty", 0.5), ("frequency_penalty", -1), ("top_k", 5), ("min_p", 0.1),
+        ("repetition_penalty", 1.1), ("ignore_eos", True), ("min_tokens", 1),
+        ("response_format", {"type": "json_object"}),
+    ],
+)  # fmt: skip
+def test_a_completions_field_that_is_not_served(client: TestClient, field: str, value: object) -> None:
+    error = refused(client, "/v1/completions", {"prompt": "hi", field: value})
+    assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+    assert field in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2), ("logprobs", True), ("top_logprobs", 2), ("tools", [{}]), ("tool_choice", "required"),
+        ("functions", [{}]), ("response_format", {"type": "json_schema"}), ("modalities", ["audio"]), ("audio", {}),
+        ("metadata", {"a": "b"}), ("store", True), ("reasoning_effort", "high"), ("verbosity", "low"),
+        ("prediction", {}), ("service_tier", "flex"), ("web_search_options", {}),
+        ("prompt_cache_key", "x"), ("safety_identifier", "x"),
+    ],
+)  # fmt: skip
+def test_a_chats_field_that_is_not_served(client: TestClient, field: str, value: object) -> None:
+    error = refused(client, "/v1/chat/completions", {"messages": [USER], field: value})
+    assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1), ("temperature", 2.1), ("temperature", "0.5"), ("top_p", 0), ("top_p", 7),
+        ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.5), ("seed", 2**63), ("seed", "1"),
+        ("stop", ["a"] * 5), ("stop", ""), ("stop", [1]), ("stop", {}), ("stream", "yes"), ("user", 1),
+        ("model", 1), ("k", 0), ("k", "2"),
+        ("prompt", ["a", "b"]), ("prompt", [1, 2]), ("prompt", 1), ("prompt", {}),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_bounds(client: TestClient, field: str, value: object) -> None:
+    error = refused(client, "/v1/completions", {"prompt": "hi"} | {field: value})
+    assert error["param"].startswith(field)
+    assert error["message"].startswith(field)
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ("hi", "messages"),
+        (["hi"], "messages[0]"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "tool", "content": "4"}], "messages[0].role"),
+        ([USER, {"role": "assistant", "content": None}], "messages[1].content"),
+        ([USER | {"name": "Tom"}], "messages[0].name"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "messages[0].content"),
+        ([{"role": "user", "content": ["hi"]}], "messages[0].content"),
+    ],
+)
+def test_messages_that_are_none(client: TestClient, messages: object, param: str) -> None:
+    assert refused(client, "/v1/chat/completions", {"messages": messages})["param"] == param
+
+
+@pytest.mark.parametrize(("path", "needed"), [("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")])
+def test_nothing_to_answer(client: TestClient, path: str, needed: str) -> None:
+    for body in ({}, {needed: None}):
+        error = refused(client, path, body)
+        assert (error["message"], error["param"]) == (f"{needed} is missing", needed)
+
+
+def test_an_unknown_field_is_named_with_the_nearest_known_one(client: TestClient) -> None:
+    error = refused(client, "/v1/completions", {"prompt": "hi", "max_token": 5})
+    assert (error["message"], error["param"]) == ("there is no field max_token; did you mean max_tokens?", "max_token")
+    error = refused(client, "/v1/chat/completions", {"messages": [USER], "zzz": 5})
+    assert (error["message"], error["code"]) == ("there is no field zzz", "unknown_parameter")
+
+
+def test_a_chat_with_two_limits(client: TestClient) -> None:
+    error = refused(client, "/v1/chat/completions", {"messages": [USER], "max_tokens": 1, "max_completion_tokens": 2})
+    assert "send one of them" in error["message"]
+
+
+def test_stream_options_without_a_stream(client: TestClient) -> None:
+    error = refused(client, "/v1/completions", {"prompt": "hi", "stream_options": {"include_usage": True}})
+    assert error["message"] == "stream_options need stream: true"
+
+
+def test_an_unknown_stream_option(client: TestClient) -> None:
+    body = {"prompt": "hi", "stream": True, "stream_options": {"continuous_usage_stats": True}}
+    assert refused(client, "/v1/completions", body)["param"] == "stream_options.continuous_usage_stats"
+
+
+def test_more_than_one_expert(client: TestClient) -> None:
+    assert "not served yet" in refused(client, "/v1/completions", {"prompt": "hi", "k": 2})["message"]
+    assert refused(client, "/v1/completions", {"prompt": "hi", "k": 9})["param"] == "k"
+    assert refused(client, "/route", {"prompt": "hi", "k": 9})["param"] == "k"
+    assert refused(client, "/route", {"prompt": "hi", "k": 2, "model": "code"})["param"] == "k"
+
+
+def test_a_model_that_is_not_there(client: TestClient) -> None:
+    for error in (
+        refused(client, "/v1/completions", {"prompt": "hi", "model": "gpt-9"}, 404),
+        refused(client, "/route", {"prompt": "hi", "model": "gpt-9"}, 404),
+        failure(client.get("/v1/models/gpt-9"), 404),
+        failure(client.get("/v1/models/some/where"), 404),
+    ):
+        assert error["code"] == "model_not_found"
+        assert "there are: auto, math, code, story" in error["message"]
+
+
+def test_a_prompt_over_the_window(client: TestClient) -> None:
+    for stream in (False, True):
+        error = refused(client, "/v1/completions", {"prompt": "word " * 60, "model": "code", "stream": stream})
+        assert "code's window of 64" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b'"hi"', b"\xff", b'{"prompt": NaN}', b'{"prompt": "\\ud800"}', b"[" * 9999]
+)
+def test_a_body_that_is_no_json_object(client: TestClient, raw: bytes) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions", "/route"):
+        assert failure(client.post(path, content=raw), 400)["code"] == "invalid_json"
+
+
+def test_a_body_over_the_limit(client: TestClient) -> None:
+    error = refused(client, "/v1/completions", {"prompt": "x" * MAX_BODY}, 413)
+    assert str(MAX_BODY) in error["message"]
+
+
+def test_an_unknown_path(client: TestClient) -> None:
+    assert failure(client.get("/v1/embeddings"), 404)["message"] == "there is no GET /v1/embeddings"
+
+
+def test_a_wrong_method(client: TestClient) -> None:
+    response = client.get("/v1/completions")
+    assert failure(response, 405)["message"] == "GET /v1/completions is not possible"
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(("query", "param"), [("", "prompt"), ("prompt=a&k=x", "k"), ("prompt=a&top=1", "top")])
+def test_a_query_that_is_wrong(client: TestClient, query: str, param: str) -> None:
+    assert failure(client.get(f"/route?{query}"), 400)["param"] == param
+
+
+def test_a_route_of_neither_prompt_nor_chat(client: TestClient) -> None:
+    assert refused(client, "/route", {"model": "auto"})["param"] == "prompt"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_expert_that_is_loading_asks_to_come_again(router: PromptRouter, stream: bool) -> None:
+    engine = Refusing(router.experts, NotReadyError("code is still loading"))
+    with TestClient(create_app(router, engine)) as client:
+        response = client.post("/v1/completions", json={"prompt": "hi", "stream": stream})
+    assert failure(response, 503) == {
+        "message": "code is still loading", "type": "server_error", "param": None, "code": "loading"
+    }  # fmt: skip
+    assert int(response.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_expert_that_failed_says_so_before_any_200(router: PromptRouter, stream: bool) -> None:
+    for engine in (Refusing(router.experts, EngineError("code is out of memory")), Stillborn(router.experts)):
+        with TestClient(create_app(router, engine)) as client:
+            response = client.post("/v1/completions", json={"prompt": "hi", "stream": stream})
+        assert failure(response, 503)["message"] == "code is out of memory"
+        assert response.headers["x-should-retry"] == "false"
+
+
+def test_a_bug_of_ours_tells_nothing_of_the_inside(router: PromptRouter) -> None:
+    engine = Refusing(router.experts, KeyError("/secret/path"))
+    with TestClient(create_app(router, engine), raise_server_exceptions=False) as client:
+        response = client.post("/v1/completions", json={"prompt": "hi"}, headers={"x-request-id": "mine"})
+    assert failure(response, 500)["type"] == "server_error"
+    assert "secret" not in response.text
+    assert response.headers["x-request-id"] == "mine"
+
+
+def refused(client: TestClient, path: str, body: object, status: int = 400) -> dict[str, Any]:
+    return failure(client.post(path, json=body), status)
+
+
+def failure(response: Any, status: int) -> dict[str, Any]:
+    """The error of a response, which must have this status and OpenAI's shape."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error: dict[str, Any] = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    if status < 500:
+        assert error["type"] == "invalid_request_error"
+    return error
