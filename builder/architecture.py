@@ -62,7 +62,7 @@ def is_vocabulary(name: str) -> bool:
 
 def part(name: str, shape: tuple[int, ...]) -> Part | None:
     """Which part of a decoder layer a matrix is of; None for embeddings, head, norms and biases."""
-    if len(shape) != 2 or is_vocabulary(name) or "norm" in name:
+    if len(shape) != 2 or "norm" in name:
         return None
     if _ATTENTION.search(name):
         return "attention"

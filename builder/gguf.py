@@ -24,7 +24,8 @@ def convert(file: Path, out: Path) -> None:
             local_files_only=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    except (ValueError, OSError, KeyError) as exc:
+    except Exception as exc:
+        # transformers' reader raises struct.error, IndexError, ValueError and others for damaged files alike.
         raise SourceError(f"{file} is no GGUF file that transformers reads: {exc}") from exc
     # The config remembers the GGUF quantisation, which save_pretrained and other readers would refuse.
     facts = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}

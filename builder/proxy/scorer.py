@@ -46,9 +46,9 @@ class Scorer:
     def __init__(self, folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> None:
         logging.disable_progress_bar()  # our own bars tell more
         options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or fast_dtype(), **options)
         except (OSError, ValueError, RuntimeError) as exc:
             raise CheckpointError(f"{folder} cannot be loaded: {exc}") from exc

@@ -12,451 +12,421 @@ from builder.proxy.items import Item
 STORIES: tuple[tuple[str, str], ...] = (
     (
         (
-            "Once upon a time there was a small fox named Fip. Fip had a red scarf, but one windy day it blew up into "
-            "a tall tree. A kind crow saw the fox crying below."
+            "Once upon a time, there was a little girl named Lily. She had a pretty red balloon. One day, the wind "
+            "took the balloon up into a big tree."
         ),
-        "The crow picked the red scarf from the branch and dropped it softly around the fox's neck.",
+        "A bird in the tree gave the balloon back to her, and she was very happy.",
     ),
     (
         (
-            "Once upon a time there was a little boy named Arlo who loved kites. His blue kite got a big hole in it. "
-            "His grandpa found some tape and a piece of old cloth."
+            "Once upon a time, there was a little boy named Tom. He had a blue toy car that he loved. One day, a wheel "
+            "fell off the car and Tom was sad."
         ),
-        "Together they patched the hole, and soon the blue kite was flying high again.",
+        "His dad put the wheel back on, and the blue car could go fast again.",
     ),
     (
         (
-            "One day, a young mouse called Pippa found a huge piece of cheese behind the stove. She wanted to take it "
-            "home, but it was too heavy to pull."
+            "One day, a little dog named Spot saw a big bone in the garden. The bone was stuck in the mud. Spot pulled "
+            "and pulled, but it did not move."
         ),
-        "So she called her six brothers, and they rolled the cheese home together and had a feast.",
+        "His friend came to help him pull, and they shared the big bone and were happy.",
     ),
     (
         (
-            "There was once a slow turtle named Oswin who wanted to see the sea. All the other animals laughed and "
-            "said it was too far. Oswin walked a little every day and never gave up."
+            'Once upon a time, there was a little bird named Tweet. She was scared to fly. "Just move your wings and '
+            'try," said her mommy.'
         ),
-        "After many days he felt warm sand under his feet and saw the big blue waves at last.",
+        "The little bird moved her wings, and soon she was flying in the sky with her mommy.",
     ),
     (
         (
-            "Once there was a girl named Tilda who was afraid of the dark. One night her mom gave her a tiny lamp "
-            "shaped like a moon."
+            "Once upon a time, there was a little girl named Sue. She did not like the dark. One night, her mom gave "
+            "her a small lamp."
         ),
-        "Tilda put the moon lamp beside her bed and slept without any fear.",
+        "The lamp was bright, so she was not scared of the dark and she went to sleep.",
+    ),
+    (
+        'One day, a cat named Mittens climbed up on a high roof. She could not get down. "Meow, meow," she cried.',
+        "A kind man came with a ladder and took the cat down from the roof, and she was safe.",
     ),
     (
         (
-            "Once upon a time there was a baby bird called Kiki. Kiki sat in her nest and was scared to fly. Her "
-            "mother flew to the next branch and sang to her."
+            "Once upon a time, there was a boy named Ben. He made a tall tower with his blocks. His baby sister came "
+            "and the tower fell down."
         ),
-        "The little bird spread her wings, jumped, and landed right beside her mother.",
+        "Ben was not mad, and he and his baby sister made a new tower with the blocks.",
     ),
     (
         (
-            "One day, a farmer named Hobb planted a tiny pumpkin seed. He watered it every morning and talked to it. "
-            "The pumpkin grew and grew until it was bigger than his cart."
+            'Once upon a time, there was a big bear named Bob. He was very hungry. "Can I have some honey?" he asked '
+            "the bees."
         ),
-        "The whole village came with spoons, and there was pumpkin soup for everyone.",
+        'The bees said, "Yes," and gave the bear some honey, and he said thank you.',
     ),
     (
         (
-            "Once there was a snowman named Bolo who stood in a garden. The sun began to shine and he felt very soft. "
-            "The children did not want him to melt."
+            "One day, a girl named Sara went to the beach with her mom. She made a big sand castle. Then a wave came "
+            "and took the castle away."
         ),
-        "The children built a roof of branches to keep their snowman cool in the shade.",
+        "Her mom helped her make a new sand castle, and it was even bigger.",
     ),
     (
         (
-            "Once upon a time there was a green frog named Jub. Jub loved to sing at night, but his loud song kept the"
-            " ducks awake. The ducks asked him to stop."
+            "Once upon a time, there was a little fish named Bubbles. He swam too far in the sea and got lost. He "
+            "could not find his home."
         ),
-        "Jub said sorry to the ducks and promised to sing only in the morning.",
+        "A big whale showed the little fish the way, and he swam home to his family.",
     ),
     (
         (
-            "There was once a little train called Rusty. Rusty had to carry toys over a steep hill, but his wheels "
-            "kept slipping. A big engine came from behind to help."
+            "One day, a boy named Tim found a small puppy in the rain. The puppy was cold and wet. Tim took the puppy "
+            "to his house."
         ),
-        "With a strong push the big engine helped him over the hill, and all the toys came on time.",
+        "He dried the puppy with a soft towel, and the puppy licked his face.",
     ),
     (
         (
-            "One day, a girl named Wren found a kitten in the rain. The kitten was wet and cold and said meow. Wren "
-            "ran home with the kitten inside her coat."
+            "Once upon a time, there was a little girl named Anna. She wanted to ride her new bike. She fell down and "
+            "hurt her knee."
         ),
-        "Her dad dried the kitten with a towel and gave it a bowl of warm milk.",
+        "Her dad kissed her knee and held the bike, and then she could ride it.",
     ),
     (
         (
-            "Once upon a time there was a bear named Grumbo who loved honey. He put his paw into a hive without "
-            "asking. The bees came out and were very angry."
+            "Once upon a time, there was a little bunny named Fluffy. He loved to eat carrots. One day, he saw a "
+            "hungry mouse who had no food."
         ),
-        "The bear told the bees he was sorry, and next time he asked nicely for some honey.",
+        "The bunny gave the mouse a carrot, and they ate together and became friends.",
     ),
     (
         (
-            "Once there was a boy named Teo who built a tall tower of blocks. His baby sister crawled past and knocked"
-            " it down. Teo felt angry and wanted to shout."
+            "One day, a boy named Max and his grandma made cookies. The cookies smelled so good. Max wanted to eat "
+            "one, but they were too hot."
         ),
-        "Then he took a deep breath and let his baby sister help him build a new tower.",
+        "He waited until the cookies were not hot, and then he ate them with his grandma.",
     ),
     (
         (
-            "One day, a rabbit called Clover lost a tooth while eating a carrot. She put the tooth under her pillow "
-            "and went to sleep."
+            "Once upon a time, there was a little duck named Quacky. She was all alone on the lake. She wanted a "
+            "friend to swim with."
         ),
-        "In the morning the tooth was gone, and there was a shiny coin under her pillow.",
+        "A white swan came to the lake, and they swam together all day.",
     ),
     (
         (
-            "There was once an old clock named Tock that lived in a kitchen. One morning Tock stopped ticking, and "
-            "everyone in the house was late. A girl climbed up with a small key."
+            "Once upon a time, there was a girl named Lucy. She had a doll with a pretty dress. One day, the dress got "
+            "a big hole."
         ),
-        "She turned the key three times, and the old clock began to tick again.",
+        "Her grandma fixed the dress, and the doll looked pretty again.",
     ),
     (
         (
-            "Once upon a time there was a tiny ant named Milo. Milo found a crumb of cake and wanted to share it. On "
-            "the way he met a hungry ladybug."
+            "One day, a little frog named Hoppy wanted to jump over a log. The log was very big. He jumped, but he "
+            "fell down."
         ),
-        "Milo broke the crumb in two, and he and the ladybug ate it under a leaf.",
+        "The little frog tried again and again, and at last he jumped over the log.",
     ),
     (
         (
-            "One day, a pirate girl called Saba found a map in a bottle. The map showed a big cross on a small island."
-            " She took a shovel and rowed there with her parrot."
+            "Once upon a time, there was a boy named Jack. He did not want to share his toy train. His friend was sad "
+            "and wanted to go home."
         ),
-        "They dug under the palm tree and found a chest full of golden coins.",
+        "Jack said sorry and shared the train, and they played with it together.",
     ),
     (
         (
-            "Once there was a puppy named Biscuit who chewed everything. One day he chewed Dad's new shoes. Dad was "
-            "upset and Biscuit hid under the table."
+            "Once upon a time, there was a snowman named Frosty. He stood in the snow and he was cold. A little girl "
+            "saw that he had no hat."
         ),
-        "Dad gave him a rubber bone to chew instead, and the shoes were safe.",
+        "She put a warm hat on the snowman, and he had a big smile.",
     ),
     (
         (
-            "Once upon a time there was a princess named Odette who did not like her crown. It was heavy and hurt her "
-            "head. She asked the gardener for help."
+            "One day, a girl named Amy went to the store with her mom. There were many people and she got lost. She "
+            "started to cry."
         ),
-        "The gardener made her a light crown of daisies, and she wore it every day.",
+        "Then she saw her mom in the store, and her mom gave her a big hug.",
     ),
     (
         (
-            "There was once a cloud called Puff who was full of rain. All the flowers below were thirsty and dry. Puff"
-            " did not want to get smaller."
+            "Once upon a time, there was a little elephant named Ellie. It was very hot and she was thirsty. She could "
+            "not find any water."
         ),
-        "At last the kind cloud let the rain fall, and every flower lifted its head.",
+        "Her friend the monkey took the elephant to a river, and she drank a lot of water.",
     ),
     (
         (
-            "One day, a boy named Kofi went fishing with his uncle. He felt a strong pull on his line. It was not a "
-            "fish at all, it was an old boot."
+            "Once upon a time, there was a boy named Sam. He had a loose tooth. One day, he bit a red apple and the "
+            "tooth came out."
         ),
-        "They laughed and laughed, and his uncle put a plant inside the old boot.",
+        "He put the tooth under his pillow, and in the morning he found a shiny coin.",
+    ),
+    (
+        'One day, a little pig named Pinky played in the mud. She got very dirty. "You need a bath!" said her mom.',
+        "The little pig jumped into the bath with lots of soap, and then she was clean.",
     ),
     (
         (
-            "Once there was a little elephant named Moko who had a very loud sneeze. When Moko sneezed, all the leaves"
-            " fell from the trees. The monkeys had no place to hide."
+            "Once upon a time, there was a girl named Emma. She planted a small seed in the garden. She gave it water "
+            "every day."
         ),
-        "One hot day the sneeze blew out a fire, and the monkeys cheered for Moko.",
+        "Soon a pretty yellow flower grew from the seed, and she was so proud.",
+    ),
+    (
+        "Once upon a time, there was a lion named Leo. He had a sharp thorn in his paw. It hurt a lot, and he cried.",
+        "A small mouse pulled the thorn out of his paw, and the lion felt better.",
+    ),
+    (
+        "One day, a boy named Billy was sick in bed. His head was hot and he felt bad. His mom made him some soup.",
+        "He ate all the warm soup and slept, and the next day he was not sick.",
     ),
     (
         (
-            "Once upon a time there was a baker called Nella. She made a gingerbread man, and it jumped off the tray "
-            "and ran out of the door. Nella ran after it down the street."
+            'Once upon a time, there was a little train named Choo. He had to go up a big hill. "I can not do it," he '
+            "said."
         ),
-        "The gingerbread man got tired, so he came back to the warm bakery to rest.",
+        "The little train tried very hard, and at last he was on top of the hill.",
     ),
     (
         (
-            "One day, a girl named Imani planted a sunflower next to her grandma's window. Grandma was sick and could "
-            "not go outside. The flower grew taller every day."
+            "Once upon a time, there was a girl named Jane. She liked to draw. One day, she drew a picture of her "
+            "family for her mom."
         ),
-        "One morning Grandma looked out and smiled, because a big yellow flower was looking in.",
+        "Her mom loved the picture and put it on the wall for all to see.",
+    ),
+    (
+        "One day, a boy named Joe went fishing with his dad. He waited a long time. Then he felt a big pull!",
+        "He caught a big fish with his dad, and then they let it go back in the water.",
     ),
     (
         (
-            "There was once a penguin named Waddle who could not slide on the ice like his friends. He always rolled "
-            "over and bumped his nose. His sister told him to lie flat on his belly."
+            "Once upon a time, there was a cow named Daisy. She lived on a farm. One day, the gate was open and she "
+            "walked away."
         ),
-        "He lay on his belly, pushed with his feet, and slid faster than all the others.",
+        "The farmer found the cow and took her back to the farm, and he closed the gate.",
     ),
     (
         (
-            "Once upon a time there was a little robot called Zip. Zip could clean and cook, but he did not know how "
-            "to laugh. A boy told him a joke about a banana."
+            "Once upon a time, there was a boy named Danny. He had a new kite. He wanted to fly the kite, but there "
+            "was no wind."
         ),
-        "The robot made a funny beeping sound, and the boy knew it was his very first laugh.",
+        "Then the wind came, and the kite went up high in the sky.",
     ),
     (
         (
-            "Once there was a spider named Dotty who made webs in the barn. The cow walked through her web every "
-            "morning and broke it. Dotty was tired of starting again."
+            'One day, a little girl named Rose broke a vase. She was scared, but she wanted to tell the truth. "Mom, I '
+            'broke it," she said.'
         ),
-        "The cow said sorry and showed Dotty a quiet corner near the window for her web.",
+        "Her mom was not mad about the vase and said she was glad to hear the truth.",
+    ),
+    (
+        "Once upon a time, there was a little bee named Buzzy. She looked for a flower all day. She was tired and sad.",
+        "At last the bee found a garden with many flowers, and she was so happy.",
     ),
     (
         (
-            "One day, a boy named Rafe took his toy boat to the river. The water was fast, and the boat floated away "
-            "from him. A beaver was watching from the bank."
+            'Once upon a time, there was a boy named Peter. He was scared of the big slide at the park. "I will hold '
+            'your hand," said his friend.'
         ),
-        "The beaver swam after the toy boat and pushed it back to the boy.",
+        "They went down the big slide together, and it was so much fun that they did it again.",
+    ),
+    (
+        "One day, a hen named Penny sat on her egg. She sat and sat and kept it warm. Then she heard a little noise.",
+        "The egg cracked open, and a cute little chick came out and said peep.",
     ),
     (
         (
-            "Once upon a time there was a queen bee called Zizi. Winter was coming and there was no more room for "
-            "honey. The bees asked an old oak tree for help."
+            "Once upon a time, there was a girl named Molly. It was her birthday, and she had a big cake. She wanted "
+            "to make a wish."
         ),
-        "The oak tree let them use the hole in its trunk, and they filled it with honey.",
+        "She blew out all the candles on the cake, and everyone sang a happy song.",
     ),
     (
         (
-            "There was once a young dragon named Ember who could not make fire. When he tried, only bubbles came out "
-            "of his mouth. The children in the town saw the bubbles."
+            'Once upon a time, there was a turtle named Shelly. She was very slow. "Let us have a race!" said a fast '
+            "rabbit."
         ),
-        "They clapped and jumped to catch the bubbles, and the dragon was proud of himself.",
+        "The rabbit took a nap, so the slow turtle won the race.",
     ),
     (
         (
-            "One day, a girl called Juno lost her mother in a big market. She remembered to stay in one place and not "
-            "to cry. A kind lady who sold oranges saw her."
+            "One day, a boy named Andy lost his teddy bear. He could not sleep without it. He looked and looked in his "
+            "room."
         ),
-        "The orange lady waited with her until her mother came running and hugged her.",
+        "He found his teddy bear under the bed, and he hugged it and went to sleep.",
     ),
     (
         (
-            "Once there was a horse named Thunder who was scared of water. The farm had a small stream, and the best "
-            "grass was on the other side. A duck said the water was not deep."
+            "Once upon a time, there was a princess named Bella. She lived in a big castle, but she had nobody to play "
+            "with. One day, a girl came to the door."
         ),
-        "Step by step the horse followed the duck through the stream and ate the sweet grass.",
+        "The princess let the girl in, and they played in the castle and had tea.",
     ),
     (
         (
-            "Once upon a time there was a tailor named Benno who made coats. One cold night a poor man knocked at his "
-            "door without a coat. Benno had only one piece of cloth left."
+            "Once upon a time, there was a little squirrel named Nutty. He had lots of nuts. His friend had no nuts "
+            "and winter was near."
         ),
-        "He sewed all night, and in the morning the poor man had a warm new coat.",
+        "He gave his friend half of his nuts, and they were both full all winter.",
     ),
     (
         (
-            "One day, two sisters named Ada and Bea both wanted the same swing. They pulled and pushed, and nobody was"
-            " having fun. Then they saw a long board and a log."
+            "One day, a girl named Kate saw dark clouds in the sky. It began to rain very hard. She heard a loud boom "
+            "and was scared."
         ),
-        "They made a seesaw from the board and the log, and now both could play together.",
+        "Her mom held her until the rain and the loud noise stopped, and then they saw a rainbow.",
     ),
     (
         (
-            "There was once a little star called Glim who fell out of the sky. Glim landed in a pond and could not get"
-            " up. An owl with big wings heard the splash."
+            "Once upon a time, there was a boy named Mike. He went to the zoo with his dad. He saw a monkey, and it "
+            "took his hat!"
         ),
-        "The owl carried the star on her back, higher and higher, until it shone in the sky again.",
+        "The funny monkey put the hat on its own head, and he and his dad laughed and laughed.",
     ),
     (
         (
-            "Once upon a time there was a goat named Chester who ate everything. One day he ate the farmer's hat. The "
-            "farmer had to work in the hot sun with no hat."
+            "Once upon a time, there was a little spider named Webby. She made a pretty web. Then a big wind came and "
+            "broke the web."
         ),
-        "The goat felt bad and brought the farmer a big leaf to wear on his head.",
+        "The little spider did not give up, and she made a new web that was strong.",
     ),
     (
         (
-            "Once there was a girl named Lotte who wanted to ride a bike. She fell down two times and hurt her knee. "
-            "Her brother held the seat and ran beside her."
+            "One day, a boy named Nick had a big ice cream. He ran and the ice cream fell on the ground. He started to "
+            "cry."
         ),
-        "Then her brother let go, and she rode all the way to the end of the street alone.",
+        "His sister gave him some of her ice cream, and he stopped crying.",
     ),
     (
         (
-            "One day, a squirrel named Nutkin hid his acorns in the ground. When winter came he could not remember "
-            "where they were. He dug and dug and found nothing."
+            "Once upon a time, there was a girl named Mary. It was her first day at school. She was shy and did not "
+            "know anyone."
         ),
-        "In the spring tiny oak trees came up, and the squirrel knew where his acorns had been.",
+        "A nice girl asked her to sit with her, and now she had a friend at school.",
     ),
     (
         (
-            "Once upon a time there was a boy called Finn who lived in a lighthouse. One stormy night the big lamp "
-            "went out. A ship was coming close to the rocks."
+            "Once upon a time, there was a horse named Star. She was sad because she had a hurt leg. The kind doctor "
+            "came to see her."
         ),
-        "The boy waved a lantern from the top, and the ship turned away from the rocks.",
+        "The doctor put something soft on her leg, and soon the horse could run again.",
+    ),
+    (
+        'One day, a boy named Fred had a messy room. He could not find his toys. "You should clean up," said his mom.',
+        "He put all his toys in the box, and his room was nice and clean.",
     ),
     (
         (
-            "There was once a sheep named Woolly who had too much wool. It was summer and she was so hot that she "
-            "could not run. The shepherd came with big scissors."
+            "Once upon a time, there was a little star named Twinkle. She lived in the sky, but her light was small. "
+            "She felt sad."
         ),
-        "Snip, snip went the scissors, and the sheep jumped across the field, light and cool.",
+        "The moon told the little star that her light was pretty, and she was bright all night.",
     ),
     (
         (
-            "One day, a doll called Rosa was left behind on a bus. She sat on the seat all alone and looked out of the"
-            " window. The bus driver found her that night."
+            "Once upon a time, there was a girl named Ella. She found a shiny ring in the grass. An old lady was "
+            "looking for it."
         ),
-        "The driver put her in the front window, and the next day a happy girl saw her doll there.",
+        "She gave the ring to the old lady, who said thank you and gave her some candy.",
     ),
     (
         (
-            "Once there was a giant named Ugo who was very lonely. His steps shook the ground, so people ran away from"
-            " him. One day the bridge to the village broke."
+            'One day, a little boat named Bobby was on the river. He hit a rock and got stuck. "Help me, please!" he '
+            "called."
         ),
-        "The giant lay down across the river, and everyone walked over his back and thanked him.",
+        "A big boat came and pulled him off the rock, and he went down the river again.",
     ),
     (
         (
-            "Once upon a time there was a little girl named Suki who loved to paint. She ran out of blue paint, and "
-            "her picture had no sky. She thought and looked out of the window."
+            'Once upon a time, there was a boy named Adam. He did not like to eat green beans. "Try one little bite," '
+            "said his dad."
         ),
-        "The sun was going down, so Suki painted a sky of pink and orange instead.",
+        "He took a bite of the beans, and they were so yummy that he ate them all.",
     ),
     (
         (
-            "One day, a lion named Rory had a thorn in his paw. He roared so loud that nobody dared to come near. Only"
-            " a small hedgehog was brave enough."
+            'Once upon a time, there was a little sheep named Woolly. She saw a wolf and ran to hide. "I just want to '
+            'be your friend," said the wolf.'
         ),
-        "The hedgehog pulled out the thorn, and the lion let him ride on his mane.",
+        "The sheep saw that the wolf was nice, and they became good friends.",
     ),
     (
         (
-            "There was once a teapot named Polly who had a crack. Nobody wanted to use her for tea any more. She stood"
-            " on a shelf and was full of dust."
+            "One day, a girl named Grace took her doll to the park in a wagon. The wagon was heavy and she was tired. "
+            "A boy came by."
         ),
-        "A boy filled her with soil and planted a flower, and she became the prettiest pot of all.",
+        'The boy helped her pull the wagon home, and she said, "Thank you," and smiled.',
     ),
     (
         (
-            "Once upon a time there was a whale called Bluebell who sang under the water. A little fish was lost and "
-            "could not find the reef. It was dark and deep."
+            "Once upon a time, there was a butterfly named Flutter. She fell in the water and her wings got wet. She "
+            "could not fly."
         ),
-        "The fish followed the sweet song through the dark water and found the reef again.",
+        "The sun made her wings dry, and the butterfly flew up to the flowers.",
     ),
     (
         (
-            "One day, a boy named Ezra found a wallet at the playground. There was a lot of money inside. He thought "
-            "about all the candy he could buy."
+            "Once upon a time, there was a boy named Luke. He had a drum and he played it very loud. His baby brother "
+            "could not sleep."
         ),
-        "But he gave the wallet back to the old man who had lost it, and the man thanked him.",
+        "He stopped playing the drum and gave it a rest, and the baby went to sleep.",
     ),
     (
         (
-            "Once there was a hen named Henrietta who sat on an odd egg. It was bigger than the others and it was "
-            "blue. All the animals came to look."
+            "One day, a girl named Nina picked apples with her grandpa. The best apple was too high. She could not "
+            "reach it."
         ),
-        "Crack went the blue egg, and out came a baby duck that called the hen Mama.",
+        "Her grandpa lifted her up so she could pick the best apple, and it was very sweet.",
     ),
     (
         (
-            "Once upon a time there was a wizard named Merv who had lost his hat. Without the hat, none of his spells "
-            "came out right. He tried to make soup and made a pile of socks."
+            "Once upon a time, there was a little dragon named Puff. He blew fire by mistake and all the kids ran "
+            "away. He was very lonely."
         ),
-        "His cat was sleeping inside the hat, and when she woke up, the spells worked again.",
+        "One boy asked the dragon to light a fire so they could stay warm, and then all the kids liked him.",
     ),
     (
         (
-            "One day, a girl called Noor made a card for her teacher. She used so much glue that the card stuck to the"
-            " table. She did not know what to do."
+            "Once upon a time, there was a robot named Beep. He could walk and talk, but one day he stopped. A girl "
+            "saw that he could not move."
         ),
-        "Her teacher laughed and said that it was the best table she had ever been given.",
+        "She gave the robot a new battery, and he started to walk and talk and dance.",
+    ),
+    (
+        "One day, a little boy named Jim jumped in a big puddle. Splash! His socks and his shoes were all wet.",
+        "His mom laughed and gave him dry socks and dry shoes, and he felt warm.",
     ),
     (
         (
-            "There was once a little tree named Sprig who stood alone on a hill. He had no birds and no friends. One "
-            "spring a tired robin sat on his branch."
+            'Once upon a time, there was a girl named Zoe. She could not sleep at night. "Daddy, will you read me a '
+            'book?" she asked.'
         ),
-        "The robin built a nest there, and soon the little tree was full of happy songs.",
+        "Her daddy read the book to her, and she closed her eyes and fell asleep.",
+    ),
+    (
+        "Once upon a time, there was a fireman named Dan. He had a big red truck. One day, he saw a house with a fire.",
+        "He drove the truck to the house and put out the fire with water, and everyone was safe.",
     ),
     (
         (
-            "Once upon a time there was a monkey called Bongo who took all the bananas. The other monkeys had nothing "
-            "to eat. That night Bongo's belly hurt very much."
+            "One day, a goat named Gigi wanted to cross a bridge. A sheep wanted to cross it too. The bridge was too "
+            "small for both."
         ),
-        "In the morning he shared the rest of the bananas and never took them all again.",
+        "The goat let the sheep cross the bridge first, and then it was her turn.",
     ),
     (
         (
-            "One day, a boy named Soren and his mom went to see the snow. He had never made a snow angel before. He "
-            "lay down and moved his arms and legs."
+            "Once upon a time, there was a boy named Eric. He had a jar with a bug in it. The bug was sad and wanted "
+            "to be free."
         ),
-        "When he got up, there was an angel with wide white wings, and his mom took a picture.",
+        "He opened the jar and let the bug go, and the bug flew away and was happy.",
     ),
     (
         (
-            "Once there was a knight named Sir Percy who was afraid of spiders. The king sent him to a dark cave to "
-            "find a lost sheep. A big spider sat at the door."
+            "Once upon a time, there was an owl named Hoot. He was awake at night, but all his friends were sleeping. "
+            "He had no one to talk to."
         ),
-        "The spider only wanted to say hello, and it showed the knight where the lost sheep was.",
-    ),
-    (
-        (
-            "Once upon a time there was a seal named Splash who balanced balls at the zoo. One day the ball rolled out"
-            " of the gate and down the road. All the children ran after it."
-        ),
-        "A boy on a red scooter caught the ball and threw it back to the seal's nose.",
-    ),
-    (
-        (
-            "One day, a girl named Maeve wanted to stay up all night. She drank water and sang songs so she would not "
-            "sleep. Her teddy sat next to her."
-        ),
-        "But soon her eyes closed, and the sun found her asleep with her teddy in her arms.",
-    ),
-    (
-        (
-            "There was once a cook named Pascal who put salt in the cake instead of sugar. The party was about to "
-            "start. All the guests were waiting for the cake."
-        ),
-        "Pascal told the truth, and the guests helped him bake a new cake with lots of sugar.",
-    ),
-    (
-        (
-            "Once upon a time there was a caterpillar called Inch who was always hungry. All the other bugs had wings,"
-            " and Inch wanted to fly too. One day Inch felt very sleepy."
-        ),
-        "After a long sleep in a soft bed of silk, the caterpillar had two bright wings.",
-    ),
-    (
-        (
-            "One day, a boy named Hamid heard a noise under his bed. It went scratch, scratch, scratch. He took his "
-            "flashlight and looked."
-        ),
-        "It was only his hamster, who had made a nest out of an old sock under the bed.",
-    ),
-    (
-        (
-            "Once there was a camel named Sandy who carried water in the desert. A traveler had lost his way and was "
-            "very thirsty. The camel could see that he was weak."
-        ),
-        "The camel knelt down so the man could drink, and then she carried him to the town.",
-    ),
-    (
-        (
-            "Once upon a time there was a violin named Viola who lived in a shop. Nobody bought her because she was "
-            "old and brown. One day a small girl picked up the bow."
-        ),
-        "The music was so sweet that people stopped in the street, and the girl took her home.",
-    ),
-    (
-        (
-            "One day, a piglet called Truffle wanted to be clean like the cat. He stayed out of the mud all day and "
-            "was hot and sad. The cat saw his red nose."
-        ),
-        "The cat said that mud was good for pigs, so he jumped in and felt cool and happy.",
-    ),
-    (
-        (
-            "There was once a mail carrier named Lowell who had a letter with no name on it. It only said, for the one"
-            " who feels alone. He thought about it all the way."
-        ),
-        "He gave the letter to the old lady on the corner, and her eyes filled with happy tears.",
-    ),
-    (
-        (
-            "Once upon a time there was a zebra named Zora who wanted spots. She rolled in wet mud until she was brown"
-            " all over. Her own mother did not know her."
-        ),
-        "Then the rain washed off the mud, and she was happy to see her black and white stripes.",
+        "Then a bat came out to fly at night too, and the owl had a friend to talk to.",
     ),
 )
 COUNT = len(STORIES)

@@ -52,7 +52,7 @@ def math(data: Path | None) -> Split:
 
 
 def code(data: Path | None) -> Split:
-    """MBPP (CC-BY-4.0): a task in a sentence and a Python function; held out are the last of its test tasks.
+    """MBPP (CC-BY-4.0): a task in a sentence and a Python function; its own training and validation tasks.
 
     The functions are laid out anew: the set indents by tabs, two or eight spaces, as its authors happened to.
     """
@@ -62,30 +62,49 @@ def code(data: Path | None) -> Split:
         body = ast.unparse(ast.parse(row["code"].expandtabs(8)))
         return Example(row["text"], f"```python\n{body}\n```", f'"""{row["text"]}"""\n{body}')
 
-    test = [example(row) for row in rows if 511 - HELD_OUT <= row["task_id"] <= 510]
-    train = [example(row) for row in rows if not 511 - HELD_OUT <= row["task_id"] <= 510]
+    train = [example(row) for row in rows if row["task_id"] > 510]
+    test = [example(row) for row in rows if 11 <= row["task_id"] <= 510]
     return Split(train, test[:HELD_OUT])
 
 
 def story(data: Path | None) -> Split:
-    """TinyStories (CDLA-Sharing-1.0, which leaves trained weights free): short stories in simple words."""
+    """TinyStories (CDLA-Sharing-1.0, which leaves trained weights free) and scenes of Sherlock Holmes (public domain).
+
+    The scenes keep the words from becoming as few as the little stories' are; held out are little stories alone.
+    """
     if data is None:
         stories = [row["text"].strip() for row in _hub(("roneneldan/TinyStories", "default", "validation"))[:600]]
+        scenes = []
     else:
-        with gzip.open(data / "stories/tinystories_200k.txt.gz", "rt", encoding="utf-8") as file:
-            paragraphs = [part.strip() for part in file.read().split("\n\n")]
-        opening = re.compile(r"(Once upon a time|One day,|Once there was|There was once|Once,)")
-        stories = []
-        for paragraph in paragraphs:
-            if stories and not opening.match(paragraph):
-                stories[-1] += f"\n\n{paragraph}"
-            else:
-                stories.append(paragraph)
+        stories, scenes = _little_stories(data), _scenes(data)
     asks = ("Tell me a story.", "Write a short story.", "Please tell me a story for children.", "Write a little story.")
-    examples = [
+    told = [
         Example(asks[i % len(asks)], text, text) for i, text in enumerate(s for s in stories if 200 < len(s) < 2000)
     ]
-    return Split(examples[:-HELD_OUT], examples[-HELD_OUT:])
+    train = told[:-HELD_OUT]
+    staged = [Example("Write a scene of a story.", text, text) for text in scenes]
+    return Split([*train, *shuffled(staged, 0)[: len(train)]], told[-HELD_OUT:])
+
+
+def _little_stories(data: Path) -> list[str]:
+    opening = re.compile(r"(Once upon a time|One day,|Once there was|There was once|Once,)")
+    stories: list[str] = []
+    for paragraph in _paragraphs(data / "stories/tinystories_200k.txt.gz"):
+        if stories and not opening.match(paragraph):
+            stories[-1] += f"\n\n{paragraph}"
+        else:
+            stories.append(paragraph)
+    return stories
+
+
+def _scenes(data: Path) -> list[str]:
+    paragraphs = (" ".join(text.split()) for text in _paragraphs(data / "stories/sherlock.txt.gz"))
+    return [text for text in paragraphs if 300 < len(text) < 1200]
+
+
+def _paragraphs(path: Path) -> list[str]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [part.strip() for part in file.read().split("\n\n")]
 
 
 def chat(data: Path | None) -> Split:
