@@ -1,0 +1,87 @@
+"""Between text and tokens: prompts in, answers out as they grow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import TemplateError
+
+from service.engines.base import Message, Prompt, PromptError
+from service.engines.local.expert import Expert
+
+HALF = "\ufffd"
+"""What decoders write for bytes that are no whole character, or not yet."""
+
+
+def encode(expert: Expert, prompt: Prompt) -> tuple[int, ...]:
+    """The prompt as the expert's tokens: text with the tokenizer's own marks, a chat in the template.
+
+    Raises PromptError for a chat without a template, or for a text that is far longer than the window.
+    """
+    text = prompt if isinstance(prompt, str) else _chat(expert, prompt)
+    marks = isinstance(prompt, str)  # a template writes its own
+    # A megabyte would hold the event loop for seconds, only to be refused: look at its head first. A word that the cut
+    # breaks may cost a few tokens more than the whole.
+    head = text[: 8 * expert.window]
+    if len(head) < len(text) and len(_ids(expert, head, marks)) > expert.window + 64:
+        raise PromptError(
+            f"a prompt of {len(text)} characters is over {expert.name}'s window of {expert.window} tokens"
+        )
+    ids = _ids(expert, text, marks)
+    if ids:
+        return ids
+    for first in (expert.tokenizer.bos_token_id, expert.tokenizer.eos_token_id):
+        if first is not None:
+            return (first,)
+    raise PromptError(f"the prompt is empty, and {expert.name} has no token to begin with")
+
+
+class Detokenizer:
+    """The text of one answer as its tokens come; never half a character, never a special token.
+
+    All that `add` and `rest` return together is the tokenizer's decode of all tokens. The exception: with Llama 2's
+    kind of byte tokens, bytes that are no text make decode take back good ones before them; what is out stays out.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # The tokens since the last whole character, after the stretch before them: some decoders drop a leading
+        # space. Of their text, the first `_sent` characters are out.
+        self._tokens: list[int] = []
+        self._fresh = 0
+        self._sent = 0
+
+    def add(self, token: int) -> str:
+        """The text that this token makes certain."""
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
+        piece = text.rstrip(HALF)[self._sent :]
+        self._sent += len(piece)
+        if piece and not text.endswith(HALF):
+            self._tokens = self._tokens[self._fresh :]
+            self._fresh = len(self._tokens)
+            self._sent = len(self._decode(self._tokens))
+        return piece
+
+    def rest(self) -> str:
+        """What was held back, when the answer is over."""
+        return self._decode(self._tokens)[self._sent :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def _chat(expert: Expert, messages: tuple[Message, ...]) -> str:
+    if not expert.tokenizer.chat_template:
+        raise PromptError(f"{expert.name} has no chat template: send the prompt as text")
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text: str = expert.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except TemplateError as exc:
+        raise PromptError(f"{expert.name}'s chat template refuses these messages: {exc}") from exc
+    return text
+
+
+def _ids(expert: Expert, text: str, marks: bool) -> tuple[int, ...]:
+    return tuple(expert.tokenizer(text, add_special_tokens=marks, verbose=False)["input_ids"])

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_llama
+
+from service.engines.local.expert import Expert, load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose by sharing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("faulty"), seed=1, faulty=True)
+
+
+@pytest.fixture(scope="session")
+def expert(llama: Path) -> Expert:
+    return load("llama", llama, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def faulty_expert(faulty: Path) -> Expert:
+    return load("faulty", faulty, torch.float32, torch.device("cpu"))

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny import (
+    BREAKS_LOGITS,
+    BREAKS_READING,
+    BREAKS_STEP_AT,
+    KILLS,
+    NAP,
+    SLEEPS,
+    WINDOW,
+    answer,
+    generated,
+    greedy,
+    read,
+    save_llama,
+    serving,
+    text,
+    until,
+)
+
+from service.engines.base import EngineError, Job, Message, NotReadyError, PromptError, Sampling, Status
+from service.engines.local import LocalEngine
+from service.engines.local.expert import Expert
+from service.engines.local.lane import Request
+from service.engines.local.worker import Traffic, Worker
+
+PROMPTS = ["the owl", "def largest(numbers): return", "a", "日本語 👍", "the fox was afraid of the dark and", "max"]
+
+
+def expected(expert: Expert, prompt: str, count: int) -> str:
+    tokens = tuple(expert.tokenizer(prompt)["input_ids"])
+    return str(expert.tokenizer.decode(generated(expert.model, tokens, count), skip_special_tokens=True))
+
+
+def test_answers_are_generates_alone_and_together(llama: Path, expert: Expert) -> None:
+    async def ask() -> tuple[list[str], list[str]]:
+        async with serving({"llama": llama}, max_batch=4) as engine:
+            alone = [await answer(engine, prompt, greedy(24)) for prompt in PROMPTS]
+            return alone, await asyncio.gather(*(answer(engine, prompt, greedy(24)) for prompt in PROMPTS))
+
+    alone, together = asyncio.run(ask())
+    assert alone == together == [expected(expert, prompt, 24) for prompt in PROMPTS]
+
+
+def test_every_token_is_counted_and_only_the_last_piece_has_a_finish(llama: Path) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama}) as engine:
+            pieces = await read(engine.generate(engine.prepare("llama", "日本", greedy(30))))
+            assert sum(piece.tokens for piece in pieces) == 30
+            assert [piece.finish for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+            assert all(piece.text for piece in pieces[:-1])
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_end_token_of_the_generation_config_stops_without_text(
+    llama: Path, expert: Expert, tmp_path: Path, listed: bool
+) -> None:
+    tokens = tuple(expert.tokenizer("the owl")["input_ids"])
+    whole = generated(expert.model, tokens, 10)
+    end = next(place for place, token in enumerate(whole) if place > 2 and token not in whole[:place])
+    folder = shutil.copytree(llama, tmp_path / "ends")
+    stated = [299, whole[end]] if listed else whole[end]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+
+    async def ask() -> None:
+        async with serving({"llama": folder}) as engine:
+            pieces = await read(engine.generate(engine.prepare("llama", "the owl", greedy(10))))
+            assert text(pieces) == expert.tokenizer.decode(whole[:end])
+            assert (pieces[-1].finish, sum(piece.tokens for piece in pieces)) == ("stop", end + 1)
+
+    asyncio.run(ask())
+
+
+def test_no_tokens_asked_none_given(llama: Path) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama}) as engine:
+            [piece] = await read(engine.generate(engine.prepare("llama", "the owl", greedy(0))))
+            assert (piece.text, piece.tokens, piece.finish) == ("", 0, "length")
+
+    asyncio.run(ask())
+
+
+def test_same_seed_same_text_in_any_company(llama: Path) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama}) as engine:
+            seeded = Sampling(30, temperature=1.0, top_p=0.9, seed=5)
+            alone = await answer(engine, "the owl", seeded)
+            company = [answer(engine, prompt, Sampling(30, seed=9)) for prompt in PROMPTS]
+            assert (await asyncio.gather(answer(engine, "the owl", seeded), *company))[0] == alone
+            assert await answer(engine, "the owl", Sampling(30, temperature=1.0, top_p=0.9, seed=6)) != alone
+
+    asyncio.run(ask())
+
+
+def test_a_reader_who_leaves_frees_the_row(llama: Path) -> None:
+    async def leave() -> None:
+        async with serving({"llama": llama}, max_batch=1) as engine:
+            job = engine.prepare("llama", "the owl", greedy(480))
+            start = time.monotonic()
+            await read(engine.generate(job))
+            whole = time.monotonic() - start
+            await read(engine.generate(job), at_most=2)
+            start = time.monotonic()
+            await until(lambda: engine.traffic("llama") == Traffic(0, 0))
+            assert time.monotonic() - start < whole / 4
+
+    asyncio.run(leave())
+
+
+def test_who_waits_is_served_in_turn_or_leaves_at_once(llama: Path) -> None:
+    async def wait() -> None:
+        async with serving({"llama": llama}, max_batch=1) as engine:
+            running = engine.generate(engine.prepare("llama", "the owl", greedy(480)))
+            await anext(running)
+            waiting = [asyncio.create_task(answer(engine, "a", greedy(3))) for _ in range(2)]
+            await asyncio.sleep(0)
+            assert engine.traffic("llama") == Traffic(1, 2)
+            waiting[0].cancel()
+            await asyncio.sleep(0)
+            assert engine.traffic("llama") == Traffic(1, 1)
+            await running.aclose()
+            assert await asyncio.wait_for(waiting[1], 5)
+
+    asyncio.run(wait())
+
+
+def test_too_long_a_prompt_is_refused_with_the_numbers(llama: Path) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama}) as engine:
+            assert engine.window("llama") == WINDOW
+            engine.prepare("llama", "~" * 500, greedy(12))
+            with pytest.raises(PromptError, match=r"500 tokens of prompt and 13 of answer .* window of 512"):
+                engine.prepare("llama", "~" * 500, greedy(13))
+
+    asyncio.run(ask())
+
+
+def test_an_expert_that_cannot_load_says_why_and_the_others_serve(llama: Path, tmp_path: Path) -> None:
+    cut = shutil.copytree(llama, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
+    lost = shutil.copytree(llama, tmp_path / "lost")
+    tensors = load_file(lost / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, lost / "model.safetensors", {"format": "pt"})
+
+    async def ask() -> None:
+        folders = {"none": tmp_path / "none", "cut": cut, "lost": lost, "llama": llama}
+        async with serving(folders) as engine:
+            status = engine.status()
+            assert list(status) == list(folders)
+            assert [status[name].state for name in folders] == ["failed", "failed", "failed", "ready"]
+            assert "no config.json" in status["none"].detail
+            assert "does not load" in status["cut"].detail
+            assert "model.norm.weight" in status["lost"].detail
+            with pytest.raises(EngineError, match=r"none cannot answer: no config.json"):
+                engine.prepare("none", "the owl", greedy(1))
+            assert await answer(engine, "the owl", greedy(5))
+
+    asyncio.run(ask())
+
+
+def test_nothing_is_answered_before_it_is_loaded(llama: Path) -> None:
+    async def ask() -> None:
+        engine = LocalEngine({"llama": llama})
+        assert engine.status() == {"llama": Status("loading")}
+        with pytest.raises(NotReadyError, match="llama is still loading"):
+            engine.prepare("llama", "the owl", greedy(1))
+        await engine.aclose()
+
+    asyncio.run(ask())
+
+
+def test_a_chat_without_a_template_is_refused(tmp_path: Path) -> None:
+    async def ask() -> None:
+        async with serving({"base": save_llama(tmp_path, template=None)}) as engine:
+            with pytest.raises(PromptError, match="base has no chat template"):
+                engine.prepare("base", (Message("user", "hi"),), greedy(1))
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [(BREAKS_READING, "on fire"), (BREAKS_LOGITS, "not finite"), ("x" * BREAKS_STEP_AT, "on fire")],
+)
+def test_a_failure_ends_its_own_requests_only(llama: Path, faulty: Path, prompt: str, reason: str) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama, "faulty": faulty}) as engine:
+            other = asyncio.create_task(answer(engine, "the owl", greedy(200)))
+            with pytest.raises(EngineError, match=f"faulty failed: .*{reason}"):
+                await answer(engine, prompt, greedy(9), "faulty")
+            assert engine.status()["faulty"] == Status("ready")
+            assert await answer(engine, "the owl", greedy(5), "faulty")
+            assert await other
+
+    asyncio.run(ask())
+
+
+def test_a_prompt_that_fails_leaves_its_neighbours_alone(faulty: Path) -> None:
+    async def ask() -> None:
+        async with serving({"faulty": faulty}) as engine:
+            undisturbed = await answer(engine, "the owl", greedy(280), "faulty")
+            neighbour = engine.generate(engine.prepare("faulty", "the owl", greedy(280)))
+            first = await anext(neighbour)
+            for prompt in (BREAKS_READING, BREAKS_LOGITS):
+                with pytest.raises(EngineError):
+                    await answer(engine, prompt, greedy(9), "faulty")
+            assert engine.traffic("faulty").running == 1
+            assert text([first, *await read(neighbour)]) == undisturbed
+
+    asyncio.run(ask())
+
+
+def test_a_dead_device_thread_is_an_error_for_all_and_never_a_hang(llama: Path, faulty: Path) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama, "faulty": faulty}, max_batch=1) as engine:
+            asked = [(BREAKS_READING, "llama"), (KILLS, "faulty"), ("waits", "faulty")]
+            ends = await asyncio.gather(
+                *(answer(engine, prompt, greedy(400), expert) for prompt, expert in asked), return_exceptions=True
+            )
+            assert all(isinstance(end, EngineError) and "device thread died" in str(end) for end in ends)
+            with pytest.raises(EngineError, match="device thread died"):
+                engine.prepare("llama", "the owl", greedy(1))
+            assert {status.state for status in engine.status().values()} == {"failed"}
+
+    asyncio.run(ask())
+
+
+def test_closing_ends_the_running_and_the_waiting_at_once(llama: Path) -> None:
+    async def close() -> None:
+        async with serving({"llama": llama}, max_batch=2) as engine:
+            asked = [asyncio.create_task(answer(engine, "the owl", greedy(480))) for _ in range(4)]
+            await until(lambda: engine.traffic("llama") == Traffic(2, 2))
+            start = time.monotonic()
+            await engine.aclose()
+            ends = await asyncio.gather(*asked, return_exceptions=True)
+            assert time.monotonic() - start < 1
+            assert all(isinstance(end, EngineError) and "closed" in str(end) for end in ends)
+            with pytest.raises(EngineError, match="closed"):
+                engine.prepare("llama", "the owl", greedy(1))
+
+    asyncio.run(close())
+
+
+def test_closing_tells_the_readers_before_the_step_is_over(faulty: Path) -> None:
+    async def close() -> None:
+        async with serving({"faulty": faulty}) as engine:
+            asked = asyncio.create_task(answer(engine, SLEEPS, greedy(9), "faulty"))
+            await until(lambda: engine.traffic("faulty").running == 1)
+            closing = asyncio.create_task(engine.aclose())
+            with pytest.raises(EngineError, match="closed"):
+                await asyncio.wait_for(asked, 0.8 * NAP)
+            await closing
+
+    asyncio.run(close())
+
+
+def test_the_event_loop_runs_on_while_experts_load_and_answer(faulty: Path) -> None:
+    async def tick() -> None:
+        worst = 0.0
+
+        async def ticker() -> None:
+            nonlocal worst
+            while True:
+                start = time.monotonic()
+                await asyncio.sleep(0.001)
+                worst = max(worst, time.monotonic() - start)
+
+        ticking = asyncio.create_task(ticker())
+        async with serving({"faulty": faulty}) as engine:
+            await asyncio.gather(*(answer(engine, prompt, greedy(20), "faulty") for prompt in (SLEEPS, "the owl")))
+        ticking.cancel()
+        assert worst < 0.8 * NAP
+
+    asyncio.run(tick())
+
+
+def test_start_returns_before_the_experts_are_loaded(llama: Path) -> None:
+    async def start() -> None:
+        engine = LocalEngine(dict.fromkeys("abcd", llama))
+        await engine.start()
+        assert engine.status()["d"] == Status("loading")
+        await engine.aclose()
+
+    asyncio.run(start())
+
+
+def test_a_worker_that_has_ended_takes_no_requests() -> None:
+    worker = Worker(lambda _: None, max_batch=1, threads=1)
+    worker.stop()
+    with pytest.raises(EngineError, match="closed"):
+        worker.submit(Request(Job("llama", (1,), greedy(1))))
