@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import aclosing, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -26,9 +26,6 @@ from service.app import create_app
 from service.completions import Decision, Request, evidence, start
 from service.engines.base import Engine, Message
 from service.metrics import Metrics
-
-GRACE_SECONDS = 5
-"""How long running answers may go on once the service is told to stop."""
 
 ASK_TOKENS = 64
 POLL_SECONDS = 0.1
@@ -56,6 +53,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
     ask: Annotated[list[str] | None, typer.Option(help="Answer this prompt once ready, then go on serving.")] = None,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds that answers may go on once told to stop.")] = 5,
     log_level: Annotated[LogLevel, typer.Option(help="How much to log.")] = LogLevel.info,
 ) -> None:
     """Serve a bundle behind the OpenAI API."""
@@ -69,18 +67,15 @@ def serve(
     console.print(f"playground: [bold]{address(host, listening)}[/]   (Ctrl-C stops)")
     # Whoever runs this has asked for the end, so the end is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    app = create_app(read.router, engine)
+    config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=grace, server_header=False)
     with suppress(KeyboardInterrupt):
-        asyncio.run(run(read.router, engine, listening, ask or (), log_level))
+        asyncio.run(run(config, listening, answer_all(ask or (), read.router, engine)))
 
 
-async def run(
-    router: PromptRouter, engine: Engine, listening: socket.socket, ask: Sequence[str], log_level: LogLevel
-) -> None:
-    """Serve on a socket until a signal comes, and answer `ask` once the experts are there."""
-    config = uvicorn.Config(
-        create_app(router, engine), log_level=log_level, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
-    )
-    await Server(config, asyncio.create_task(answer_all(ask, router, engine))).serve(sockets=[listening])
+async def run(config: uvicorn.Config, listening: socket.socket, asking: Coroutine[None, None, None]) -> None:
+    """Serve on a socket until a signal comes, and ask on the way."""
+    await Server(config, asyncio.create_task(asking)).serve(sockets=[listening])
 
 
 class Server(uvicorn.Server):

@@ -28,7 +28,7 @@ class LocalEngine:
     """The experts in `folders`, in that order, up to `max_batch` requests of an expert at a time, the rest in a queue.
 
     Belongs to the event loop that `start` runs in. dtype: bf16 where the machine computes in it, else fp32; threads:
-    all cores but one.
+    `default_threads`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LocalEngine:
         self._experts: dict[str, Expert] = {}
         self._open: set[Request] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._worker = Worker(self._deliver, max_batch, threads or max(1, (os.cpu_count() or 2) - 1))
+        self._worker = Worker(self._deliver, max_batch, threads or default_threads())
         self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
 
     def status(self) -> dict[str, Status]:
@@ -143,6 +143,12 @@ class LocalEngine:
         if deliveries and self._loop is not None:
             with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 self._loop.call_soon_threadsafe(_put, deliveries)
+
+
+def default_threads() -> int:
+    """OMP_NUM_THREADS, which a container sets to its share of the node; else all cores but the event loop's."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    return int(stated) if stated.isdecimal() and int(stated) else max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def _put(deliveries: list[Delivery]) -> None:
