@@ -25,47 +25,10 @@ from builder.record import Record
 from builder.sources import Store
 from routers import bundle
 
-ZOO = """
-name = "micro"
-seed = 7
-experts = 3
-models = [
-    { id = "math", source = "./math", subject = "math" },
-    { id = "code", source = "./code", subject = "code" },
-    { id = "story", source = "./story", subject = "story" },
-    { id = "chat", source = "./chat", subject = "chat" },
-]
 
-[subjects]
-math = ["Question: Ann has 12 apples and gets 7 more. How many now?", "Question: Hugo has 30 coins and loses 4."]
-code = ["def add(x, y):\\n    return x + y", "def clip(a, b):\\n    if a > b:\\n        return a"]
-story = ["Once upon a time there was a shy fox who lived near the lake.", "One day the owl found a red kite."]
-chat = ["User: how can I bake bread? Assistant:", "User: how can I sleep better? Assistant:"]
-
-[cluster]
-threshold = 0.5
-
-[proxy]
-tasks = ["tiny/math", "tiny/code", "tiny/story", "tiny/chat"]
-metric = "log_likelihood"
-limit = 8
-
-[router]
-features = "math"
-"""
-
-
-@pytest.fixture(scope="module")
-def zoo_file(micro_zoo: dict[str, Path]) -> Path:
-    file = micro_zoo["math"].parent / "micro.toml"
-    file.write_text(ZOO, "utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
-def built(zoo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of the micro zoo, built once; no test changes it."""
-    return build(zoo_file, tmp_path_factory.mktemp("built"))
+@pytest.fixture
+def built(micro_bundle: Path) -> Path:
+    return micro_bundle
 
 
 def build(zoo_file: Path, folder: Path) -> Path:
@@ -256,7 +219,7 @@ def test_a_truncated_model_stops_the_build_and_leaves_no_bundle(
     for file in micro_zoo["code"].iterdir():
         data = file.read_bytes()
         (broken / "code" / file.name).write_bytes(data[:-100] if file.name == "model.safetensors" else data)
-    (broken / "micro.toml").write_text(ZOO, "utf-8")
+    (broken / "micro.toml").write_bytes(zoo_file.read_bytes())
     with pytest.raises(CheckpointError, match=r"code/model.safetensors is truncated"):
         build(broken / "micro.toml", tmp_path)
     assert not (tmp_path / "bundle").exists()

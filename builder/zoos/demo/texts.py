@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import itertools
 import json
 import random
 import re
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 HELD_OUT = 40
-"""Examples of each domain that no adapter was trained on."""
+"""Public examples of each domain that no adapter was trained on."""
+
+WRITTEN = Path(__file__).parent / "written"
+"""Text of the project's own, none of it in the demo's proxy, routing or test sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +31,27 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A domain's examples: those an adapter learns from, and those it never sees."""
+    """A domain's examples: public ones and our own to learn from, and public ones that no adapter sees."""
 
-    train: list[Example]
+    public: list[Example]
+    written: list[Example]
     held_out: list[Example]
+
+    def epoch(self, number: int, seed: int) -> list[Example]:
+        """Our own examples and about as much public text, another part of it each time; `seed` decides the order."""
+        start = number * len(self.written) % len(self.public)
+        room = sum(len(example.plain) for example in self.written)
+        part = []
+        for example in itertools.islice(itertools.cycle(shuffled(self.public, seed)), start, None):
+            if room <= 0:
+                break
+            part.append(example)
+            room -= len(example.plain)
+        return shuffled([*self.written, *part], seed + number)
 
 
 def load(domain: str, data: Path | None) -> Split:
-    """The texts of `domain`; from the folder `data`, or from the hub when it is None."""
+    """The texts of `domain`; the public ones from the folder `data`, or from the hub when it is None."""
     return DOMAINS[domain](data)
 
 
@@ -43,12 +60,14 @@ def math(data: Path | None) -> Split:
 
     def example(row: dict[str, Any]) -> Example:
         worked, _, result = re.sub(r"<<.*?>>", "", row["answer"]).partition("\n#### ")
-        answer = f"{worked}\nThe answer is {result}."
-        return Example(row["question"], answer, f"Question: {row['question']}\nAnswer: {answer}")
+        return problem(row["question"], f"{worked}\nThe answer is {result}.")
+
+    def problem(question: str, answer: str) -> Example:
+        return Example(question, answer, f"Question: {question}\nAnswer: {answer}")
 
     train = [example(row) for row in _rows(data, "gsm8k/train.jsonl.gz", ("openai/gsm8k", "main", "train"))]
     test = [example(row) for row in _rows(data, "gsm8k/test.jsonl.gz", ("openai/gsm8k", "main", "test"))]
-    return Split(train, test[:HELD_OUT])
+    return Split(train, [problem(*pair) for pair in _written("math")], test[:HELD_OUT])
 
 
 def code(data: Path | None) -> Split:
@@ -64,47 +83,41 @@ def code(data: Path | None) -> Split:
 
     train = [example(row) for row in rows if row["task_id"] > 510]
     test = [example(row) for row in rows if 11 <= row["task_id"] <= 510]
-    return Split(train, test[:HELD_OUT])
+    own = []
+    for prompt, body in _written("code"):
+        task, function = prompt.removeprefix('"""').split('"""\n')
+        own.append(Example(task, f"```python\n{function}{body}\n```", prompt + body))
+    return Split(train, own, test[:HELD_OUT])
 
 
 def story(data: Path | None) -> Split:
-    """TinyStories (CDLA-Sharing-1.0, which leaves trained weights free) and scenes of Sherlock Holmes (public domain).
-
-    The scenes keep the words from becoming as few as the little stories' are; held out are little stories alone.
-    """
+    """TinyStories (CDLA-Sharing-1.0, which leaves trained weights free): short stories in simple words."""
     if data is None:
         stories = [row["text"].strip() for row in _hub(("roneneldan/TinyStories", "default", "validation"))[:600]]
-        scenes = []
     else:
-        stories, scenes = _little_stories(data), _scenes(data)
+        stories = _little_stories(data / "stories/tinystories_200k.txt.gz")
     asks = ("Tell me a story.", "Write a short story.", "Please tell me a story for children.", "Write a little story.")
-    told = [
-        Example(asks[i % len(asks)], text, text) for i, text in enumerate(s for s in stories if 200 < len(s) < 2000)
-    ]
-    train = told[:-HELD_OUT]
-    staged = [Example("Write a scene of a story.", text, text) for text in scenes]
-    return Split([*train, *shuffled(staged, 0)[: len(train)]], told[-HELD_OUT:])
+
+    def told(texts: list[str]) -> list[Example]:
+        return [Example(asks[i % len(asks)], text, text) for i, text in enumerate(texts)]
+
+    public = told([text for text in stories if 200 < len(text) < 2000])
+    own = told([f"{opening} {ending}" for opening, ending in _written("story")])
+    return Split(public[:-HELD_OUT], own, public[-HELD_OUT:])
 
 
-def _little_stories(data: Path) -> list[str]:
+def _little_stories(path: Path) -> list[str]:
+    """The stories of an extract that parts paragraphs and stories alike by an empty line."""
     opening = re.compile(r"(Once upon a time|One day,|Once there was|There was once|Once,)")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        paragraphs = [part.strip() for part in file.read().split("\n\n")]
     stories: list[str] = []
-    for paragraph in _paragraphs(data / "stories/tinystories_200k.txt.gz"):
+    for paragraph in paragraphs:
         if stories and not opening.match(paragraph):
             stories[-1] += f"\n\n{paragraph}"
         else:
             stories.append(paragraph)
     return stories
-
-
-def _scenes(data: Path) -> list[str]:
-    paragraphs = (" ".join(text.split()) for text in _paragraphs(data / "stories/sherlock.txt.gz"))
-    return [text for text in paragraphs if 300 < len(text) < 1200]
-
-
-def _paragraphs(path: Path) -> list[str]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [part.strip() for part in file.read().split("\n\n")]
 
 
 def chat(data: Path | None) -> Split:
@@ -117,12 +130,11 @@ def chat(data: Path | None) -> Split:
         text = row["prompt"] + row["completion"]
         return text.isascii() and "`" not in text and "def " not in text and len(text) < 2000
 
-    examples = [
-        Example(row["prompt"], row["completion"], f"User: {row['prompt']}\nAssistant: {row['completion']}")
-        for row in rows
-        if wanted(row)
-    ]
-    return Split(examples[:-HELD_OUT], examples[-HELD_OUT:])
+    def exchange(prompt: str, reply: str) -> Example:
+        return Example(prompt, reply, f"User: {prompt}\nAssistant: {reply}")
+
+    examples = [exchange(row["prompt"], row["completion"]) for row in rows if wanted(row)]
+    return Split(examples[:-HELD_OUT], [exchange(*pair) for pair in _written("chat")], examples[-HELD_OUT:])
 
 
 DOMAINS: dict[str, Callable[[Path | None], Split]] = {"math": math, "code": code, "story": story, "chat": chat}
@@ -133,6 +145,11 @@ def shuffled(examples: list[Example], seed: int) -> list[Example]:
     order = list(examples)
     random.Random(seed).shuffle(order)
     return order
+
+
+def _written(domain: str) -> list[tuple[str, str]]:
+    lines = (WRITTEN / f"{domain}.jsonl").read_text("utf-8").splitlines()
+    return [(row["prompt"], row["answer"]) for row in map(json.loads, lines)]
 
 
 def _rows(data: Path | None, path: str, hub: tuple[str, str, str]) -> list[dict[str, Any]]:

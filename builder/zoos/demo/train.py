@@ -6,6 +6,7 @@ written with the base's chat template and every other as plain text, so that bot
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -34,18 +35,16 @@ def render(example: texts.Example, chat: bool, tokenizer: Any) -> str:
     return text
 
 
-def batches(examples: list[texts.Example], tokenizer: Any, *, rows: int, steps: int, seed: int) -> list[torch.Tensor]:
-    """`steps` batches of [rows, WINDOW] token ids, the examples packed end to end, reshuffled every epoch."""
+def batches(split: texts.Split, tokenizer: Any, *, rows: int, steps: int, seed: int) -> list[torch.Tensor]:
+    """`steps` batches of [rows, WINDOW] token ids, the examples packed end to end."""
     need = steps * rows * WINDOW
     ids: list[int] = []
-    epoch = 0
-    while len(ids) < need:
-        for i, example in enumerate(texts.shuffled(examples, seed + epoch)):
+    for epoch in itertools.count():
+        for i, example in enumerate(split.epoch(epoch, seed)):
             ids += tokenizer(render(example, (i + epoch) % 2 == 0, tokenizer)).input_ids
             if len(ids) >= need:
-                break
-        epoch += 1
-    return list(torch.tensor(ids[:need]).view(steps, rows, WINDOW))
+                return list(torch.tensor(ids[:need]).view(steps, rows, WINDOW))
+    raise AssertionError("a count has no end")
 
 
 def train(base: Path, domain: str, data: Path | None, *, steps: int, rows: int, rank: int, lr: float, seed: int) -> Any:
@@ -63,7 +62,7 @@ def train(base: Path, domain: str, data: Path | None, *, steps: int, rows: int, 
         optimizer, lambda step: min(1.0, (step + 1) / 8) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     started = time.monotonic()
-    for step, ids in enumerate(batches(texts.load(domain, data).train, tokenizer, rows=rows, steps=steps, seed=seed)):
+    for step, ids in enumerate(batches(texts.load(domain, data), tokenizer, rows=rows, steps=steps, seed=seed)):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -96,10 +95,10 @@ def main(
     base: Annotated[Path, typer.Option(help="Folder of the base model.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the public sets; the hub when left out.")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="Which adapters; all when left out.")] = None,
-    steps: int = 90,
+    steps: int = 60,
     rows: int = 4,
     rank: int = 8,
-    lr: float = 1.5e-3,
+    lr: float = 6e-4,
     seed: int = 42,
     out: Path = ADAPTERS,
 ) -> None:
