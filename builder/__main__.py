@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from builder.config import Zoo, load_zoo, zoo_names
 from builder.plan import Plan
@@ -116,7 +116,7 @@ def zoo_show(name: str, models_dir: ModelsDir = None, cache: Cache = None) -> No
     """The models of a zoo, and which of them are here."""
     loaded = load_zoo(name)
     store = _store(loaded, cache, models_dir)
-    table = Table("model", "source", "revision", "subject", "here", "note")
+    table = Table("model", Column("source", overflow="fold"), "revision", "subject", "here", "note")
     for model in loaded.models:
         source = model.source or f"{model.base} + {model.adapter}"
         here = "yes" if store.locate(model.id) else "no"
@@ -148,7 +148,7 @@ def _store(zoo: Zoo, cache: Path | None, models_dir: Path | None) -> Store:
 
 
 def _print_plan(plan: Plan) -> None:
-    table = Table("model", "source", "family", "GB", "here")
+    table = Table("model", Column("source", overflow="fold"), "family", "GB", "here")
     for model in plan.models:
         size = "unknown" if model.bytes is None else f"{model.bytes / 1e9:.2f}"
         table.add_row(model.id, model.source, model.family, size, "yes" if model.here else "no")

@@ -8,7 +8,7 @@ from pathlib import Path
 from builder import experts, files, fit_router, select
 from builder.cluster import clusters
 from builder.config import Zoo
-from builder.errors import BuildError
+from builder.errors import BuildError, ZooError
 from builder.families import families
 from builder.journal import Journal, digest
 from builder.members import Members, open_all
@@ -29,7 +29,7 @@ def build(zoo: Zoo, out: Path, store: Store, progress: Progress) -> bool:
     A killed build is resumed: every score is in the journal, every finished expert beside `out`. Same zoo, same
     weights, same bytes. Raises ModelGlueError: what stops a build says what to do, and leaves no `out`.
     """
-    tasks.check(zoo.proxy.tasks)
+    _check_tasks(zoo, store)
     fetched = store.fetch(progress)
     with Journal(store.cache / "journal.sqlite") as journal:
         members = open_all(zoo, fetched, journal)
@@ -90,6 +90,14 @@ def build(zoo: Zoo, out: Path, store: Store, progress: Progress) -> bool:
 
 Found = tuple[tuple[str, ...], Outcome]
 """A cluster and the merge that was found in it."""
+
+
+def _check_tasks(zoo: Zoo, store: Store) -> None:
+    """Refuse tasks that cannot be scored before anything is downloaded; what else is missing is told with it."""
+    try:
+        tasks.check(zoo.proxy.tasks)
+    except ZooError as exc:
+        raise ZooError("\n".join([str(exc), *store.wanting()])) from exc
 
 
 def _digest(zoo: Zoo, members: Members) -> str:

@@ -71,6 +71,15 @@ class Store:
         wanted |= {"base"} if any(entry.source.startswith("tiny:") for entry in self.zoo.models) else set()
         return [b.id for b in self.zoo.bases if b.id in wanted] + [m.id for m in self.zoo.models]
 
+    def wanting(self) -> list[str]:
+        """Lines on the models that are not here, and how to get them; asks no network."""
+        entries = [self.zoo.entry(name) for name in self.needed() if self.locate(name) is None]
+        lines = [
+            f"  {entry.id}: {entry.source or 'an adapter'}{f' ({entry.note})' if entry.note else ''}"
+            for entry in entries
+        ]
+        return ["these models are not here:", *lines, *_HELP] if lines else []
+
     def fetch(self, progress: Progress) -> dict[str, Fetched]:
         """Every needed model, by id. Raises one SourceError that lists all that cannot be had, before any download."""
         found = {name: self.locate(name) for name in self.needed()}

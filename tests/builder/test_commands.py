@@ -89,6 +89,19 @@ def test_the_papers_zoo_without_its_weights_stops_with_what_is_missing_and_how_t
     assert "Traceback" not in result.err
 
 
+def test_a_build_of_the_papers_zoo_stops_before_any_work_with_all_that_it_lacks(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(socket.socket, "connect", sockets_are_closed)
+    result = run("build", "--zoo", "which16", "--out", tmp_path / "bundle")
+    assert result.code == 1
+    assert sum(line.startswith("  ") for line in result.err.splitlines()) == 16
+    for words in ("tinyMMLU", "meta-llama/Llama-2-7b-chat-hf", "gated", "HF_TOKEN", "--models-dir"):
+        assert words in result.err
+    assert not (tmp_path / "bundle").exists()
+    assert not (tmp_path / "bundle.partial").exists()
+
+
 def test_a_misspelt_zoo_is_answered_with_the_nearest(run: Run) -> None:
     result = run("build", "--zoo", "wich16")
     assert (result.code, result.out) == (1, "")
