@@ -70,17 +70,9 @@ def features(model: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> TokenEm
 
 
 def fit(zoo: Zoo, by_expert: Mapping[str, Sequence[str]], space: TokenEmbeddings) -> LinearRouter:
-    """The paper's gates: prompts of the expert's subjects against those of all others."""
-
-    def prompts(names: Sequence[str]) -> list[NDArray[np.float32]]:
-        return [space.vector(prompt) for name in names for prompt in zoo.subjects[name]]
-
-    positives = {expert: prompts(names) for expert, names in by_expert.items()}
-    negatives = {
-        expert: prompts([subject for subject in zoo.subjects if subject not in names])
-        for expert, names in by_expert.items()
-    }
-    return LinearRouter.from_vectors(positives, negatives)
+    """The paper's gates: a subject's prompts against those of all others."""
+    vectors = {name: [space.vector(prompt) for prompt in prompts] for name, prompts in zoo.subjects.items()}
+    return LinearRouter.from_vectors(by_expert, vectors)
 
 
 def publish(zoo: Zoo, experts: Mapping[str, Weights], members: Members, evaluator: Evaluator, out: Path) -> Routing:

@@ -39,8 +39,8 @@ def features(tokenizer: Tokenizer) -> TokenEmbeddings:
 @pytest.fixture
 def prompt_router(features: TokenEmbeddings) -> PromptRouter:
     vectors = {expert: [features.vector(word) for word in words] for expert, words in EXPERTS.items()}
-    against = {expert: [v for other, vs in vectors.items() if other != expert for v in vs] for expert in vectors}
-    return PromptRouter(features, LinearRouter.from_vectors(vectors, against), Policy("story"))
+    router = LinearRouter.from_vectors({expert: [expert] for expert in EXPERTS}, vectors)
+    return PromptRouter(features, router, Policy("story"))
 
 
 @pytest.fixture

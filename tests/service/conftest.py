@@ -40,8 +40,7 @@ def router(tokenizer: Tokenizer) -> PromptRouter:
         tokenizer, embeddings_VD, [text for texts in prompts.values() for text in texts]
     )
     vectors = {expert: [features.vector(text) for text in texts] for expert, texts in prompts.items()}
-    others = {expert: [v for other in vectors if other != expert for v in vectors[other]] for expert in vectors}
-    linear = LinearRouter.from_vectors(vectors, others)
+    linear = LinearRouter.from_vectors({expert: [expert] for expert in vectors}, vectors)
     return PromptRouter(features, linear, Policy(default="story"))
 
 
