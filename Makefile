@@ -29,7 +29,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 	touch $@
 
 demo: .venv/.demo  ## build the demo zoo, serve it, ask it three questions
-	$(BIN)/builder build --zoo demo --out bundles/demo
+	@$(BIN)/builder build --zoo demo --out bundles/demo
 	exec $(BIN)/service --bundle bundles/demo --port $(PORT) $(ASK)
 
 test: check  ## every check and the fast tests
