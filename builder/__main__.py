@@ -10,6 +10,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,9 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 zoo_app = typer.Typer(help="The zoos: list, show, fetch.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
 console = Console()
+
+STOPPED = 128 + signal.SIGINT
+"""What typer exits with after Ctrl-C."""
 
 ZooName = Annotated[str, typer.Option("--zoo", help="A shipped zoo, or a TOML file.")]
 ModelsDir = Annotated[Path | None, typer.Option(help="A folder that holds models already.")]
@@ -134,13 +138,14 @@ def zoo_fetch(name: str, models_dir: ModelsDir = None, cache: Cache = None) -> N
 def main() -> None:
     """Run the command; a failure that the user can mend is one sentence on stderr."""
     try:
-        app(standalone_mode=True)
+        app()
     except ModelGlueError as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; run it again to go on", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == STOPPED:
+            print("stopped; run it again to go on", file=sys.stderr)
+        raise
 
 
 def _store(zoo: Zoo, cache: Path | None, models_dir: Path | None) -> Store:

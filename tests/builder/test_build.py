@@ -127,6 +127,21 @@ def test_a_build_that_is_killed_goes_on_and_ends_with_the_same_bundle(
     assert not (tmp_path / "bundle.partial").exists()
 
 
+def test_ctrl_c_stops_a_build_with_a_sentence_and_without_a_bundle(zoo_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "builder", "build", "--zoo", str(zoo_file)]
+    command += ["--out", str(tmp_path / "bundle"), "--cache", str(tmp_path / "cache")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while _results(tmp_path / "cache/journal.sqlite") < 5:
+            assert process.poll() is None, "the build ended before it could be stopped"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert said.endswith("stopped; run it again to go on\n")
+    assert "Traceback" not in said
+    assert not (tmp_path / "bundle").exists()
+
+
 def _results(journal: Path) -> int:
     if not journal.exists():
         return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
 from builder import files
 from builder.zoos.tiny import corpus
@@ -45,6 +45,7 @@ def train(domain: str, out: Path, *, base: Path | None, size: Size, seed: int, d
 
     `done` hears every step.
     """
+    logging.disable_progress_bar()  # our own bars tell more
     torch.manual_seed(seed)
     if base is None:
         tokenizer, model, steps = _tokenizer(size, seed), LlamaForCausalLM(_config(size)), size.base_steps
