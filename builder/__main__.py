@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import errno
 import json
 import signal
 import sys
@@ -141,6 +142,11 @@ def main() -> None:
         app()
     except ModelGlueError as exc:
         print(f"error: {exc}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as exc:
+        if exc.errno != errno.ENOSPC:
+            raise
+        print("error: the disk is full; what was half-written is gone: make room and run it again", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
         if end.code == STOPPED:

@@ -26,6 +26,13 @@ def whole(path: Path) -> Iterator[Path]:
     partial.rename(path)
 
 
+def free(path: Path) -> int:
+    """Bytes that are free where `path` is or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
 def remove(path: Path) -> None:
     """Remove a folder tree if it is there."""
     with contextlib.suppress(FileNotFoundError):

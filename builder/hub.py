@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builder import files
 from builder.config import Base
 from builder.errors import SourceError
 from builder.progress import Progress
@@ -105,13 +105,10 @@ def needed_files(names: Sequence[str], *, code: bool) -> list[str]:
 def check_space(cache: Path, plans: Sequence[Download]) -> None:
     """Raises SourceError when the downloads, less what is here already, would not fit on the disk."""
     need = sum(size for plan in plans for name, size in plan.files.items() if not _is_here(plan, name, cache))
-    place = cache
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = files.free(cache)
     if need > free:
         raise SourceError(
-            f"the models need {need / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free: "
+            f"the models need {need / 1e9:.1f} GB and {cache} has {free / 1e9:.1f} GB free: "
             "set MODELGLUE_CACHE to a larger disk"
         )
 

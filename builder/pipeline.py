@@ -10,6 +10,7 @@ from builder.cluster import clusters
 from builder.config import Zoo
 from builder.errors import BuildError, ZooError
 from builder.families import families
+from builder.fit_router import Routing
 from builder.journal import Journal, digest
 from builder.members import Members, open_all
 from builder.progress import Progress
@@ -43,9 +44,7 @@ def build(zoo: Zoo, out: Path, store: Store, progress: Progress) -> bool:
             candidates = _candidates(zoo, found)
             chosen = _choose(zoo, candidates, found, evaluator)
             made = {name: candidates[name] for name in chosen}
-            for name, weights in made.items():
-                experts.write(partial / bundle.EXPERTS / name, zoo.search.method, weights, members)
-            experts.keep_only(partial / bundle.EXPERTS, made)
+            _write_experts(partial / bundle.EXPERTS, zoo, made, members)
             routing = fit_router.publish(zoo, made, members, evaluator, partial)
             record = Record(
                 zoo=zoo.name,
@@ -59,30 +58,7 @@ def build(zoo: Zoo, out: Path, store: Store, progress: Progress) -> bool:
                 router_note=routing.note,
             )
             (partial / bundle.RECORD).write_text(record.model_dump_json(indent=2) + "\n", "utf-8")
-            manifest = Manifest(
-                zoo=zoo.name,
-                inputs_sha256=inputs,
-                seed=zoo.seed,
-                default=routing.default,
-                experts=tuple(
-                    experts.entry(
-                        partial / bundle.EXPERTS / name,
-                        zoo.search.method,
-                        weights,
-                        members,
-                        routing.subjects[name],
-                        evaluator.by_task(weights),
-                    )
-                    for name, weights in made.items()
-                ),
-                router=RouterEntry(kind=routing.router.kind, k=min(zoo.router.k, len(made))),
-                features=FeaturesEntry(model=zoo.router.features, dimension=routing.features.dimension),
-                scorecard=routing.scorecard,
-                files={
-                    name: bundle.digest(partial / name) for name in (bundle.ROUTER, bundle.TOKENIZER, bundle.RECORD)
-                },
-            )
-            bundle.write(partial, manifest)
+            bundle.write(partial, _manifest(zoo, inputs, made, members, routing, evaluator, partial))
             partial.rename(out)
     progress.say(routing.note)
     return True
@@ -139,6 +115,51 @@ def _choose(zoo: Zoo, candidates: Mapping[str, Weights], found: list[Found], eva
         scores = {name: evaluator.scores(candidates[name], "proxy") for name in allowed}
         return select.choose(scores, most, stop_early=False)
     return select.choose({name: evaluator.scores(w, "proxy") for name, w in candidates.items()}, zoo.experts)
+
+
+def _write_experts(folder: Path, zoo: Zoo, made: Mapping[str, Weights], members: Members) -> None:
+    lacking = [weights for name, weights in made.items() if not (folder / name).exists()]
+    need, free = sum(members[next(iter(weights))].checkpoint.bytes for weights in lacking), files.free(folder)
+    if need > free:
+        raise BuildError(
+            f"the experts need {need / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or set --out"
+        )
+    for name, weights in made.items():
+        experts.write(folder / name, zoo.search.method, weights, members)
+    experts.keep_only(folder, made)
+
+
+def _manifest(
+    zoo: Zoo,
+    inputs: str,
+    made: Mapping[str, Weights],
+    members: Members,
+    routing: Routing,
+    evaluator: Evaluator,
+    partial: Path,
+) -> Manifest:
+    entries = tuple(
+        experts.entry(
+            partial / bundle.EXPERTS / name,
+            zoo.search.method,
+            weights,
+            members,
+            routing.subjects[name],
+            evaluator.by_task(weights),
+        )
+        for name, weights in made.items()
+    )
+    return Manifest(
+        zoo=zoo.name,
+        inputs_sha256=inputs,
+        seed=zoo.seed,
+        default=routing.default,
+        experts=entries,
+        router=RouterEntry(kind=routing.router.kind, k=min(zoo.router.k, len(made))),
+        features=FeaturesEntry(model=zoo.router.features, dimension=routing.features.dimension),
+        scorecard=routing.scorecard,
+        files={name: bundle.digest(partial / name) for name in (bundle.ROUTER, bundle.TOKENIZER, bundle.RECORD)},
+    )
 
 
 def _model_records(

@@ -240,6 +240,18 @@ def test_a_truncated_model_stops_the_build_and_leaves_no_bundle(
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_disk_without_room_for_the_experts_is_told_up_front(
+    zoo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from builder import files
+
+    monkeypatch.setattr(files, "free", lambda _: 1000)
+    with pytest.raises(BuildError, match=r"the experts need 0\.0 GB and .*experts has 0\.0 GB free: make room"):
+        build(zoo_file, tmp_path)
+    assert not (tmp_path / "bundle").exists()
+    assert not list((tmp_path / "bundle.partial").rglob("*.safetensors"))
+
+
 def test_unknown_tasks_are_refused_before_anything_is_fetched(zoo_file: Path, tmp_path: Path) -> None:
     file = variant(zoo_file, "tasks", lambda text: text.replace("tiny/chat", "tinyMMLU").replace("./code", "./nowhere"))
     with pytest.raises(ZooError, match="tinyMMLU cannot be scored"):

@@ -12,7 +12,6 @@ import pytest
 from fake_hub import COMMIT, FakeHub
 from small_models import random_tensors, write_model
 
-from builder import hub
 from builder.config import Model, Zoo
 from builder.errors import SourceError
 from builder.progress import Quiet
@@ -220,7 +219,7 @@ def test_what_is_downloaded_already_needs_no_room(
     with pytest.raises(SourceError, match=r"tokenizer\.json could not be downloaded"):
         fetch(tmp_path, "org/model")
     fake.broken.clear()
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: Usage(free=100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=100))
 
     assert fetch(tmp_path, "org/model")
 
