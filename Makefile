@@ -10,21 +10,22 @@ BIN := .venv/bin
 # Threads that spin collapse when anything else runs.
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
-# CPU torch first where there is no GPU: plain `torch` would pull gigabytes of CUDA.
 ASK := --ask 'Tom buys 3 boxes of 12 pencils and gives away 7. How many pencils are left?' \
        --ask 'Write a Python function that returns the largest even number in a list.' \
        --ask 'Tell me a story about a little owl who was afraid of the dark.'
-TORCH := $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
+# torch first, the pinned CPU one where there is no GPU. Where an index serves that version with CUDA, name another:
+# make demo TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+TORCH ?= $(if $(shell command -v nvidia-smi),'torch>=2.6',torch==2.13.0)
 
 .venv/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[builder,service]'
 	touch $@
 
 .venv/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 

@@ -80,7 +80,7 @@ def report(
     """Write one self-contained HTML page on how a bundle came about."""
     from builder.report import render
 
-    out = out or path.with_name(f"{path.resolve().name}.html")
+    out = out or path.resolve().with_suffix(".html")
     out.write_text(render(path), "utf-8")
     console.print(f"{out} is written", highlight=False)
 
@@ -144,9 +144,10 @@ def main() -> None:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(1)
     except OSError as exc:
-        if exc.errno != errno.ENOSPC:
+        if exc.filename is None and exc.errno != errno.ENOSPC:
             raise
-        print("error: the disk is full; what was half-written is gone: make room and run it again", file=sys.stderr)
+        where = f"{exc.filename}: " if exc.filename else ""
+        print(f"error: {where}{exc.strerror}: make room or choose another place, and run it again", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
         if end.code == STOPPED:

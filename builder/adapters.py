@@ -11,7 +11,7 @@ import numpy as np
 from builder import checkpoints, files
 from builder.checkpoints import Array, Checkpoint
 from builder.errors import SourceError
-from builder.merge.stream import COMPANIONS
+from builder.merge.stream import companions
 
 _PREFIX = "base_model.model."
 _UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
@@ -22,9 +22,8 @@ def apply(adapter: Path, base: Path, out: Path) -> None:
     model = Checkpoint(base)
     with files.whole(out) as folder:
         checkpoints.write(folder, model.tensors, _tensors(adapter, model))
-        for name in COMPANIONS:
-            if (base / name).exists():
-                files.copy(base / name, folder / name)
+        for path in companions(base):
+            files.copy(path, folder / path.name)
 
 
 def _tensors(adapter: Path, base: Checkpoint) -> Iterator[tuple[str, Array]]:

@@ -15,8 +15,15 @@ from builder.errors import ZooError
 from builder.zoos.tiny.corpus import DOMAINS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Prompt = Annotated[str, Field(pattern=r"\S")]
 Split = Literal["proxy", "routing", "test"]
 B = TypeVar("B", bound="Base")
+
+
+RESERVED = ("auto",)
+"""Names that mean something else to a client."""
+SUFFIXES = (".partial", ".made-of")
+"""Ends of names that a build gives to files of its own."""
 
 
 class Strict(BaseModel):
@@ -105,13 +112,13 @@ class Zoo(Strict):
     """
 
     name: Name
-    seed: int = 42
+    seed: int = Field(default=42, ge=0)
     note: str = ""
     revision: str | None = None
     experts: Literal["cluster"] | Annotated[int, Field(gt=0)] = "cluster"
     bases: tuple[Base, ...] = ()
     models: tuple[Model, ...]
-    subjects: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]]
+    subjects: dict[str, Annotated[tuple[Prompt, ...], Field(min_length=1)]]
     cluster: Cluster = Cluster()
     search: Search = Search()
     proxy: Proxy
@@ -122,6 +129,9 @@ class Zoo(Strict):
         bases, models = [base.id for base in self.bases], [model.id for model in self.models]
         ids = [*bases, *models]
         problems = [f"two models are called {twice!r}" for twice in sorted({i for i in ids if ids.count(i) > 1})]
+        problems += [f"no model may be called {name!r}" for name in ids if name in RESERVED or name.endswith(SUFFIXES)]
+        twice_scored = sorted({task for task in self.proxy.tasks if self.proxy.tasks.count(task) > 1})
+        problems += [f"proxy.tasks names {task} twice" for task in twice_scored]
         if not models:
             # Not min_length: pydantic counts a model with a mistake as none, and says so too.
             problems.append("a zoo needs at least one model")

@@ -12,8 +12,9 @@ from builder.checkpoints import read_config, weight_files
 from builder.config import Base, Model
 from builder.members import Members
 from builder.merge import stream
-from builder.merge.stream import COMPANIONS, Merge
+from builder.merge.stream import Merge, companions
 from builder.search.average import Weights
+from builder.sources import is_local
 from routers import bundle
 from routers.bundle import Expert, Source
 
@@ -53,9 +54,9 @@ def entry(
     sources = tuple(
         Source(
             model=name,
-            source=_public(members[name].entry),
+            source=public_source(members[name].entry),
             revision=members[name].revision,
-            weights=members[name].sha256,
+            weights=members[name].weights,
             coefficient=weight,
         )
         for name, weight in weights.items()
@@ -75,12 +76,14 @@ def _copy(source: Path, folder: Path) -> None:
     """Weights, config, tokenizer, and a custom model's own code; nothing else that lies in the folder."""
     with files.whole(folder) as partial:
         indices = [path for path in source.glob("*.index.json") if path.name.startswith(("model", "pytorch_model"))]
-        companions = [source / name for name in COMPANIONS if (source / name).exists()]
-        for path in [*weight_files(source), *indices, *companions, *source.glob("*.py")]:
+        for path in [*weight_files(source), *indices, *companions(source)]:
             files.copy(path, partial / path.name)
 
 
-def _public(entry: Base) -> str:
+def public_source(entry: Base) -> str:
     """A model's source without the paths of this machine."""
-    source = entry.source or (f"{entry.base} + {entry.adapter}" if isinstance(entry, Model) else "")
-    return " ".join(Path(word).name if word.startswith("/") else word for word in source.split(" "))
+    if isinstance(entry, Model) and entry.adapter:
+        return f"{entry.base} + {entry.adapter if entry.adapter.startswith('demo:') else Path(entry.adapter).name}"
+    if entry.source.startswith("gguf:"):
+        return f"gguf:{Path(entry.source).name}"
+    return Path(entry.source).name if is_local(entry) else entry.source

@@ -48,12 +48,15 @@ def copy(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[Path]:
-    """The folder for this process alone; a process that dies lets go of it. Raises BuildError when another has it."""
+def locked(folder: Path, *, wait: bool = False) -> Iterator[Path]:
+    """The folder for this process alone; a process that dies lets go of it.
+
+    When another has it: waits, or raises BuildError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield folder
     except BlockingIOError as exc:
         raise BuildError(f"another build is at work in {folder}: wait for it, or choose another --out") from exc

@@ -10,18 +10,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from builder.errors import BuildError
+
 
 class Journal:
     """A SQLite file of (kind, inputs) -> result; every result is durable before `once` returns."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, timeout=60)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS results"
-            " (key TEXT PRIMARY KEY, kind TEXT, inputs TEXT, result TEXT, seconds REAL)"
-        )
+        try:
+            self._db = sqlite3.connect(path, timeout=60)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS results"
+                " (key TEXT PRIMARY KEY, kind TEXT, inputs TEXT, result TEXT, seconds REAL)"
+            )
+        except sqlite3.DatabaseError as exc:
+            raise BuildError(f"{path} cannot be used ({exc}): remove it; its results will be computed again") from exc
 
     def once(self, kind: str, inputs: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """The result of `compute`, a JSON value, from the journal when these inputs were seen before."""

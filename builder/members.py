@@ -1,4 +1,4 @@
-"""The zoo's models as a build handles them: open, and known by the digest of their weights."""
+"""The zoo's models as a build handles them: open, and known by digests of what they are."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from pathlib import Path
 
 from builder.checkpoints import Checkpoint
 from builder.config import Base, Zoo
-from builder.journal import Journal
+from builder.journal import Journal, digest
+from builder.merge.stream import companions
 from builder.sources import Fetched
+from routers import bundle
 
 
 @dataclass(frozen=True)
 class Member:
-    """A model of the zoo: what the zoo says of it, where it is, its headers, the digest of its weights."""
+    """A model of the zoo: what the zoo says of it, where it is, its headers.
+
+    weights: digest of the weight files; sha256: of all that decides what the model says, tokenizer and template too.
+    """
 
     entry: Base
     folder: Path
     revision: str | None
     checkpoint: Checkpoint
+    weights: str
     sha256: str
 
 
@@ -34,5 +40,6 @@ def open_all(zoo: Zoo, fetched: Mapping[str, Fetched], journal: Journal) -> dict
 def _open(entry: Base, model: Fetched, journal: Journal) -> Member:
     checkpoint = Checkpoint(model.folder)
     files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    sha256 = journal.once("weights", {"files": files}, lambda: checkpoint.sha256)
-    return Member(entry, model.folder, model.revision, checkpoint, sha256)
+    weights: str = journal.once("weights", {"files": files}, lambda: checkpoint.sha256)
+    beside = [f"{path.name} {bundle.digest(path).sha256}" for path in companions(model.folder)]
+    return Member(entry, model.folder, model.revision, checkpoint, weights, digest(weights, *beside))

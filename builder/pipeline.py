@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic.main import IncEx
+
 from builder import experts, files, fit_router, select
 from builder.cluster import clusters
 from builder.config import Zoo
@@ -38,6 +40,8 @@ def build(zoo: Zoo, out: Path, store: Store, progress: Progress) -> bool:
         if _is_there(out, inputs):
             return False
         with files.locked(out.with_name(f"{out.name}.partial")) as partial:
+            if _is_there(out, inputs):  # another build finished it meanwhile
+                return False
             evaluator = Evaluator(zoo, members, journal, progress)
             kin = families(zoo, members, journal, progress)
             found = [_search(group, evaluator) for family in kin for group in _groups(family, zoo)]
@@ -78,8 +82,14 @@ def _check_tasks(zoo: Zoo, store: Store) -> None:
 
 def _digest(zoo: Zoo, members: Members) -> str:
     """What decides the bundle's bytes: the zoo's choices, and the weights behind its names."""
-    places = {"bases": {"__all__": {"source"}}, "models": {"__all__": {"source", "adapter"}}}
-    return digest(zoo.model_dump_json(exclude=places), *(member.sha256 for member in members.values()))
+    words = {"source", "adapter", "note", "family", "parameters", "revision", "sha256"}
+    told: dict[str, IncEx | bool] = {
+        "note": True,
+        "revision": True,
+        "bases": {"__all__": words},
+        "models": {"__all__": words},
+    }
+    return digest(zoo.model_dump_json(exclude=told), *(member.sha256 for member in members.values()))
 
 
 def _is_there(out: Path, inputs: str) -> bool:
@@ -103,17 +113,24 @@ def _search(group: tuple[str, ...], evaluator: Evaluator) -> Found:
 
 
 def _candidates(zoo: Zoo, found: list[Found]) -> dict[str, Weights]:
-    """What may become an expert: the merges, and every model whole."""
-    merges = {name_of(outcome.weights): outcome.weights for _, outcome in found}
-    return merges | {model.id: {model.id: 1.0} for model in zoo.models}
+    """What may become an expert: the merges, and every model whole. No merge takes the name of another candidate."""
+    wholes = {model.id: {model.id: 1.0} for model in zoo.models}
+    merges: dict[str, Weights] = {}
+    for _, outcome in found:
+        if len(outcome.weights) > 1:
+            name = name_of(outcome.weights)
+            while name in wholes or name in merges:
+                name += "-merged"
+            merges[name] = outcome.weights
+    return merges | wholes
 
 
 def _choose(zoo: Zoo, candidates: Mapping[str, Weights], found: list[Found], evaluator: Evaluator) -> dict[str, float]:
     """The experts, each with the perfect router's score once it was chosen."""
     if zoo.experts == "cluster":
-        allowed, most = [name_of(outcome.weights) for _, outcome in found], len(found)
-        scores = {name: evaluator.scores(candidates[name], "proxy") for name in allowed}
-        return select.choose(scores, most, stop_early=False)
+        kept = [outcome.weights for _, outcome in found]
+        scores = {name: evaluator.scores(weights, "proxy") for name, weights in candidates.items() if weights in kept}
+        return select.choose(scores, len(scores), stop_early=False)
     return select.choose({name: evaluator.scores(w, "proxy") for name, w in candidates.items()}, zoo.experts)
 
 

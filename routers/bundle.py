@@ -175,13 +175,12 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest alone. Raises BundleError for a missing, malformed or foreign one."""
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError) as exc:
-        raise BundleError(f"no {MANIFEST} in {path}: did the build finish? (builder build --out {path})") from exc
-    try:
         number = json.loads(text).get("format")
         if number != FORMAT:
             raise BundleError(f"{path} is a bundle of format {number!r}, this release reads {FORMAT}: build it again")
         manifest = Manifest.model_validate_json(text)
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise BundleError(f"no {MANIFEST} in {path}: did the build finish? (builder build --out {path})") from exc
     except (ValidationError, ValueError, AttributeError) as exc:
         raise BundleError(f"{path / MANIFEST} is not a manifest: {_first_line(exc)}") from exc
     if manifest.router.kind not in ROUTERS:

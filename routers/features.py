@@ -50,8 +50,9 @@ class TokenEmbeddings:
         return int(self._embeddings_VD.shape[1])
 
     def tokens(self, text: str) -> list[int]:
-        """Ids of the tokens that count."""
-        return self._tokenizer.encode(normalise(text), add_special_tokens=False).ids[-MAX_TOKENS:]
+        """Ids of the tokens that count; tokens that were added to the tokenizer and have no embedding do not."""
+        ids = self._tokenizer.encode(normalise(text), add_special_tokens=False).ids
+        return [i for i in ids if i < len(self._embeddings_VD)][-MAX_TOKENS:]
 
     def vector(self, text: str) -> Vector:
         """Unit vector [D] of a prompt; zeros for a prompt without tokens."""

@@ -25,10 +25,11 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
 )
-"""What a model folder holds beside its weights."""
+"""What a model folder holds beside its weights and, for a custom architecture, its own code."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Merge:
                 )
 
 
+def companions(folder: Path) -> list[Path]:
+    """The files of a model folder that go with its weights, in a fixed order."""
+    return [folder / name for name in COMPANIONS if (folder / name).exists()] + sorted(folder.glob("*.py"))
+
+
 def tensors(merge: Merge) -> Iterator[tuple[str, Array]]:
     """The merged tensors, float32, in the first member's order."""
     method = METHODS[merge.method]
@@ -83,9 +89,8 @@ def write(merge: Merge, out: Path) -> None:
     merge.check()
     with files.whole(out) as folder:
         checkpoints.write(folder, merge.first.tensors, tensors(merge))
-        for name in COMPANIONS:
-            if (merge.first.folder / name).exists():
-                files.copy(merge.first.folder / name, folder / name)
+        for path in companions(merge.first.folder):
+            files.copy(path, folder / path.name)
 
 
 def _by_rows(method: Method, values: list[Array], weights: list[float], tensor: Tensor) -> Array:

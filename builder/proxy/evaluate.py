@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +42,7 @@ class Evaluator:
         inputs = {
             "members": [[self._members[name].sha256, weight] for name, weight in weights.items()],
             "method": self._zoo.search.method,
+            "machine": _arithmetic(),
             "items": hashlib.sha256(repr(items).encode()).hexdigest(),
         }
         rows = self._journal.once("score", inputs, lambda: self._compute(weights, split))
@@ -71,6 +74,16 @@ class Evaluator:
                 checkpoints = {name: self._members[name].checkpoint for name in weights}
                 scorer.rewrite(stream.tensors(Merge(self._zoo.search.method, checkpoints, weights)))
             return [dataclasses.asdict(score) for score in scorer.score(items, advance)]
+
+
+def _arithmetic() -> str:
+    """What a score depends on beside its inputs: the kind of processor, and whether it multiplies bfloat16."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        facts = ""
+    bf16 = "avx512_bf16" in facts or "amx_bf16" in facts
+    return f"{platform.machine()}, bf16 {bf16}, cuda {Path('/dev/nvidia0').exists()}"
 
 
 def name_of(weights: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""The tasks by name, and their three disjoint splits: proxy decides merges, routing fits routers, test proves them."""
+"""The tasks by name, and their three disjoint splits: proxy decides merges, routing proves routers, test is kept."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic import ValidationError
 
 from builder.record import Record
 from routers import bundle
@@ -19,7 +18,7 @@ def render(path: Path) -> str:
     manifest = bundle.read_manifest(path)
     try:
         record = Record.model_validate_json((path / bundle.RECORD).read_text("utf-8"))
-    except (OSError, ValidationError) as exc:
+    except (OSError, ValueError) as exc:
         raise BundleError(f"{path / bundle.RECORD} cannot be read: build the bundle again") from exc
     environment = Environment(
         loader=PackageLoader("builder.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True

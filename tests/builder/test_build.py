@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -22,6 +23,7 @@ from builder.config import load_zoo
 from builder.errors import BuildError, CheckpointError, SourceError, ZooError
 from builder.progress import Quiet
 from builder.record import Record
+from builder.search.average import Outcome
 from builder.sources import Store
 from routers import bundle
 
@@ -188,6 +190,38 @@ def test_a_router_that_does_not_win_gives_way_to_the_best_single(zoo_file: Path,
     assert manifest.router.kind == "fixed"
     picked = {item.picked for item in Record.model_validate_json((path / bundle.RECORD).read_text("utf-8")).routing}
     assert picked == {manifest.scorecard.best_single_expert}
+
+
+def test_a_merge_never_takes_the_name_of_another_candidate(zoo_file: Path) -> None:
+    zoo = load_zoo(str(zoo_file))
+    named = [
+        model.model_copy(update={"id": name}) for model, name in zip(zoo.models, ("a", "b", "a-b", "c"), strict=True)
+    ]
+    pair = {"a": 0.5, "b": 0.5}
+    found = [(("a", "b", "a-b"), Outcome(pair, 0.0, ())), (("c",), Outcome({"c": 1.0}, 0.0, ()))]
+    candidates = pipeline._candidates(zoo.model_copy(update={"models": tuple(named)}), found)
+    assert candidates == {"a-b-merged": pair, "a": {"a": 1.0}, "b": {"b": 1.0}, "a-b": {"a-b": 1.0}, "c": {"c": 1.0}}
+
+
+def test_another_tokenizer_makes_another_member(zoo_file: Path, micro_zoo: dict[str, Path], tmp_path: Path) -> None:
+    from builder.journal import Journal
+    from builder.members import open_all
+
+    copied = tmp_path / "zoo"
+    for name in ("math", "code", "story", "chat"):
+        shutil.copytree(micro_zoo[name], copied / name)
+    (copied / "micro.toml").write_bytes(zoo_file.read_bytes())
+    zoo = load_zoo(str(copied / "micro.toml"))
+
+    def digests() -> dict[str, str]:
+        with Journal(tmp_path / "journal.sqlite") as journal:
+            members = open_all(zoo, Store(zoo, tmp_path / "cache").fetch(Quiet()), journal)
+            return {name: member.sha256 for name, member in members.items()}
+
+    before = digests()
+    (copied / "math/tokenizer_config.json").write_text("{}")
+    after = digests()
+    assert {name for name in before if before[name] != after[name]} == {"math"}
 
 
 def test_an_out_that_is_another_bundle_is_left_alone(built: Path, zoo_file: Path, tmp_path: Path) -> None:

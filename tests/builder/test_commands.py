@@ -163,3 +163,18 @@ def test_text_of_a_zoo_is_escaped_in_the_report(small_bundle: Path, tmp_path: Pa
     page = render(path)
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
     assert "<b>bold</b>" not in page
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(run: Run, small_bundle: Path, tmp_path: Path) -> None:
+    result = run("report", small_bundle, "--out", tmp_path / "nowhere" / "page.html")
+    assert result.code == 1
+    assert result.err.startswith("error: ")
+    assert "nowhere/page.html: No such file or directory" in result.err
+
+
+def test_the_report_of_the_folder_one_stands_in_goes_beside_it(
+    run: Run, small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_bundle)
+    assert run("report", ".").code == 0
+    assert small_bundle.with_suffix(".html").exists()

@@ -228,3 +228,32 @@ def test_a_models_subject_is_the_one_it_has_in_that_zoo() -> None:
         "vicuna": "math",
     }
     assert subjects["which16"]["vicuna"] == "chat"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('name = "mine"', 'name = "mine"\nseed = -1', "seed: Input should be greater than or equal to 0"),
+        ('chat = ["chat"]', 'chat = [" "]', "subjects.chat.0"),
+        ('["tinyMMLU"]', '["tinyMMLU", "tinyMMLU"]', "proxy.tasks names tinyMMLU twice"),
+        ('"vicuna"', '"auto"', "no model may be called 'auto'"),
+        ('"vicuna"', '"x.partial"', "no model may be called 'x.partial'"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused_at_once(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert any(said in line for line in mistakes(tmp_path, GOOD.replace(old, new)))
+
+
+def test_an_experts_public_source_holds_no_folder_of_this_machine(tmp_path: Path) -> None:
+    from builder.experts import public_source
+
+    folder = tmp_path / "Jane Doe" / "chat"
+    sources = {
+        str(folder): "chat",
+        f"gguf:{folder}.gguf": "gguf:chat.gguf",
+        "org/name": "org/name",
+        "pypi:a==1/b.gguf": "pypi:a==1/b.gguf",
+    }
+    for source, public in sources.items():
+        assert public_source(Model(id="m", source=source, subject="s")) == public
+    assert public_source(Model(id="m", base="b", adapter=str(folder), subject="s")) == "b + chat"

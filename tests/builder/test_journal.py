@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from builder.errors import BuildError
 from builder.journal import Journal
 
 
@@ -38,3 +39,9 @@ def test_a_failed_computation_is_not_a_result(tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError):
             journal.once("score", {"a": 1}, lambda: 1 / 0)
         assert journal.once("score", {"a": 1}, lambda: 5) == 5
+
+
+def test_a_file_that_is_no_journal_is_named(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite").write_bytes(b"not a database, but long enough to be taken for one" * 40)
+    with pytest.raises(BuildError, match=r"journal\.sqlite cannot be used .*: remove it"):
+        Journal(tmp_path / "journal.sqlite")

@@ -122,3 +122,9 @@ def test_a_manifest_that_is_no_manifest_is_refused(bundle_path: Path, text: str)
     (bundle_path / bundle.MANIFEST).write_text(text)
     with pytest.raises(BundleError, match="is not a manifest"):
         bundle.read(bundle_path)
+
+
+def test_a_manifest_that_is_not_text_is_refused(bundle_path: Path) -> None:
+    (bundle_path / bundle.MANIFEST).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BundleError, match="is not a manifest"):
+        bundle.read(bundle_path)

@@ -60,3 +60,10 @@ def test_a_prompt_without_words_goes_to_the_default(prompt_router: PromptRouter)
     route = prompt_router.route("")
     assert (route.expert, route.reason) == ("story", "no_evidence")
     assert prompt_router.explain("") == []
+
+
+def test_an_added_token_without_an_embedding_does_not_count(features: TokenEmbeddings, tokenizer: Tokenizer) -> None:
+    before = features.vector("solve the sum")
+    tokenizer.add_tokens(["[PAD]"])
+    assert tokenizer.token_to_id("[PAD]") == 11
+    assert np.array_equal(features.vector("solve the [PAD] sum"), before)
