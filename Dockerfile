@@ -1,7 +1,7 @@
 # One file, two images (k8s/ names them), each for CPU or CUDA:
 #   docker build -t modelglue-service:0.1.0-cpu .
 #   docker build -t modelglue-builder:0.1.0-cpu --build-arg EXTRAS=builder .
-#   docker build -t modelglue-service:0.1.0-cuda --build-arg TORCH_INDEX=https://pypi.org/simple .
+#   docker build -t modelglue-service:0.1.0-cuda --build-arg TORCH_INDEX= .
 # PyPI's torch brings CUDA's libraries along, so the host adds only its driver and no CUDA base is needed.
 # A BASE that has this torch already (pytorch/pytorch:2.13.0-...) keeps its own.
 ARG PYTHON=python:3.11.14-slim-bookworm
@@ -23,7 +23,7 @@ RUN groupadd --gid 10001 modelglue \
 # torch first, in a layer of its own: gigabytes that no change of ours makes a node pull again.
 ARG TORCH=2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN --mount=type=cache,target=/root/.cache/pip pip install --index-url "${TORCH_INDEX}" "torch==${TORCH}"
+RUN --mount=type=cache,target=/root/.cache/pip pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "torch==${TORCH}"
 
 ARG EXTRAS=service
 # By path, not by name and version as DL3013 wants: an index could offer another "modelglue".
