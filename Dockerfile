@@ -23,7 +23,7 @@ RUN groupadd --gid 10001 modelglue \
 # torch first, in a layer of its own: gigabytes that no change of ours makes a node pull again.
 ARG TORCH=2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN --mount=type=cache,target=/root/.cache/pip pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "torch==${TORCH}"
+RUN --mount=type=cache,target=/root/.cache/pip PIP_INDEX_URL="${TORCH_INDEX}" pip install "torch==${TORCH}"
 
 ARG EXTRAS=service
 # By path, not by name and version as DL3013 wants: an index could offer another "modelglue".
