@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from routers.base import Policy, Router
+from routers.base import Router
 
 DIMENSION = 16
 
@@ -36,12 +36,6 @@ class RouterContract:
         again = type(router).from_arrays(router.experts, router.arrays())
         for vector_D in _vectors(8):
             assert np.array_equal(again.estimate(vector_D), router.estimate(vector_D))
-
-    def test_a_silent_prompt_goes_to_the_default(self, router: Router) -> None:
-        scores_E = router.estimate(np.zeros(DIMENSION, np.float32))
-        default = router.experts[-1]
-        if np.all(scores_E == scores_E[0]):
-            assert Policy(default).decide(router.experts, scores_E, fixed=False).expert == default
 
 
 def _vectors(count: int) -> list[np.ndarray]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from routers.base import Router
+from routers.base import Policy, Router
 from routers.errors import BundleError
 from routers.fixed import FixedRouter
 from routers.linear import LinearRouter
@@ -16,6 +16,11 @@ class TestLinearRouter(RouterContract):
         subjects = {name: np.random.default_rng(1).normal(size=(3, DIMENSION)) for name in ("x", "y", "z", "w")}
         vectors = {name: list(rows_ND.astype(np.float32)) for name, rows_ND in subjects.items()}
         return LinearRouter.from_vectors({"a": ["x"], "b": ["y", "w"], "c": ["z"]}, vectors)
+
+    def test_a_silent_prompt_goes_to_the_default(self, router: Router) -> None:
+        scores_E = router.estimate(np.zeros(DIMENSION, np.float32))
+        route = Policy("c").decide(router.experts, scores_E, fixed=False)
+        assert (route.expert, route.reason) == ("c", "no_evidence")
 
 
 class TestFixedRouter(RouterContract):
