@@ -4,10 +4,11 @@
 #   docker build -t modelglue-service:0.1.0-cuda --build-arg TORCH_INDEX= .
 # PyPI's torch brings CUDA's libraries along, so the host adds only its driver and no CUDA base is needed.
 # A BASE that has this torch already (pytorch/pytorch:2.13.0-...) keeps its own.
-ARG PYTHON=python:3.11.14-slim-bookworm
-ARG BASE=${PYTHON}
+ARG PYTHON=python:3.11.14
+ARG BASE=${PYTHON}-slim-bookworm
 
-FROM ${PYTHON} AS wheel
+# Not slim: it has the compiler for the kernels.
+FROM ${PYTHON}-bookworm AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY routers routers

@@ -17,13 +17,13 @@ ASK := --ask 'Tom buys 3 boxes of 12 pencils and gives away 7. How many pencils 
 # make demo TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= $(if $(shell command -v nvidia-smi),'torch>=2.6',torch==2.13.0)
 
-.venv/.demo: pyproject.toml
+.venv/.demo: pyproject.toml builder/kernels.c
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[builder,service]'
 	touch $@
 
-.venv/.dev: pyproject.toml
+.venv/.dev: pyproject.toml builder/kernels.c
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[dev]'

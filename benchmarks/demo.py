@@ -14,10 +14,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from builder.checkpoints import Checkpoint
 from builder.config import Zoo, load_zoo
-from builder.merge import stream
-from builder.merge.stream import Merge
+from builder.merge import simple, stream
 from builder.progress import Quiet
 from builder.proxy import tasks
 from builder.proxy.items import Item
@@ -72,7 +70,7 @@ def composed(zoo: Zoo, path: Path, folders: dict[str, Path]) -> None:
     models = [model.id for model in zoo.models]
     scores = {name: Scorer(folders[name]).score(items) for name in (zoo.router.features, *models)}
     soup = Scorer(folders[models[0]])
-    soup.rewrite(stream.tensors(Merge("linear", {m: Checkpoint(folders[m]) for m in models}, uniform(models))))
+    soup.rewrite(stream.tensors(simple.of_members("linear", uniform(models), folders)))
     scores["uniform soup"] = soup.score(items)
     for name in read.manifest.names:
         if name not in scores:

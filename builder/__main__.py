@@ -14,24 +14,23 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
-from builder.config import Zoo, load_zoo, zoo_names
-from builder.plan import Plan
-from builder.progress import Terminal
-from builder.sources import Store, default_cache
-from routers import bundle
+from builder.files import default_cache
+from builder.merge import command
 from routers.errors import ModelGlueError
+
+# What a command needs is imported when it runs: a merge of small models takes less than the imports of a build.
+if TYPE_CHECKING:
+    from builder.config import Zoo
+    from builder.plan import Plan
+    from builder.sources import Store
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 zoo_app = typer.Typer(help="The zoos: list, show, fetch.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
-console = Console()
-
 STOPPED = 128 + signal.SIGINT
 """What typer exits with after Ctrl-C."""
 
@@ -50,7 +49,9 @@ def build(
 ) -> None:
     """Turn a zoo into a bundle."""
     from builder import pipeline
+    from builder.config import load_zoo
     from builder.plan import plan as planned
+    from builder.progress import Terminal
 
     loaded = load_zoo(zoo)
     store = _store(loaded, cache, models_dir)
@@ -60,16 +61,22 @@ def build(
         return
     out = out or Path("bundles") / loaded.name
     if pipeline.build(loaded, out, store, Terminal()):
-        console.print(f"{out} is built; serve it: service --bundle {out}", highlight=False)
+        print(f"{out} is built; serve it: service --bundle {out}")
     else:
-        console.print(f"{out} is up to date", highlight=False)
+        print(f"{out} is up to date")
+
+
+app.command()(command.merge)
+app.command()(command.stats)
 
 
 @app.command()
 def verify(path: Annotated[Path, typer.Argument(metavar="BUNDLE")]) -> None:
     """Hash every file of a bundle against its manifest."""
+    from routers import bundle
+
     files = sum(1 for _ in bundle.verify(path))
-    console.print(f"{path}: {files} files, all as they were built", highlight=False)
+    print(f"{path}: {files} files, all as they were built")
 
 
 @app.command()
@@ -82,7 +89,7 @@ def report(
 
     out = out or path.resolve().with_suffix(".html")
     out.write_text(render(path), "utf-8")
-    console.print(f"{out} is written", highlight=False)
+    print(f"{out} is written")
 
 
 @app.command()
@@ -92,6 +99,8 @@ def route(
     k: Annotated[int | None, typer.Option(help="Experts to select [the bundle's].")] = None,
 ) -> None:
     """Print which expert would answer a prompt, and why, as JSON."""
+    from routers import bundle
+
     router = bundle.read(path).router
     decision = router.route(prompt, k=k)
     facts = {
@@ -109,31 +118,38 @@ def route(
 @zoo_app.command("list")
 def zoo_list() -> None:
     """The zoos that ship."""
-    table = Table("zoo", "models", "what")
+    from builder.config import load_zoo, zoo_names
+
+    table = _table("zoo", "models", "what")
     for name in zoo_names():
         loaded = load_zoo(name)
         table.add_row(name, str(len(loaded.models)), loaded.note)
-    console.print(table)
+    _print_table(table)
 
 
 @zoo_app.command("show")
 def zoo_show(name: str, models_dir: ModelsDir = None, cache: Cache = None) -> None:
     """The models of a zoo, and which of them are here."""
+    from builder.config import load_zoo
+
     loaded = load_zoo(name)
     store = _store(loaded, cache, models_dir)
-    table = Table("model", Column("source", overflow="fold"), "revision", "subject", "here", "note")
+    table = _table("model", "source", "revision", "subject", "here", "note")
     for model in loaded.models:
         source = model.source or f"{model.base} + {model.adapter}"
         here = "yes" if store.locate(model.id) else "no"
         table.add_row(model.id, source, model.revision or "", model.subject, here, model.note)
-    console.print(table)
+    _print_table(table)
 
 
 @zoo_app.command("fetch")
 def zoo_fetch(name: str, models_dir: ModelsDir = None, cache: Cache = None) -> None:
     """Bring every model of a zoo to this machine, as plain model folders."""
+    from builder.config import load_zoo
+    from builder.progress import Terminal
+
     for fetched in _store(load_zoo(name), cache, models_dir).fetch(Terminal()).values():
-        console.print(f"{fetched.id}: {fetched.folder}", highlight=False, soft_wrap=True)
+        print(f"{fetched.id}: {fetched.folder}")
 
 
 def main() -> None:
@@ -156,22 +172,36 @@ def main() -> None:
 
 
 def _store(zoo: Zoo, cache: Path | None, models_dir: Path | None) -> Store:
+    from builder.sources import Store
+
     return Store(zoo, cache or default_cache(), models_dir)
 
 
 def _print_plan(plan: Plan) -> None:
-    table = Table("model", Column("source", overflow="fold"), "family", "GB", "here")
+    table = _table("model", "source", "family", "GB", "here")
     for model in plan.models:
         size = "unknown" if model.bytes is None else f"{model.bytes / 1e9:.2f}"
         table.add_row(model.id, model.source, model.family, size, "yes" if model.here else "no")
-    console.print(table)
+    _print_table(table)
     families = "; ".join(f"{key}: {len(members)}" for key, members in plan.families.items())
     lines = [
         f"families: {families}",
         f"disk: {_gigabytes(plan.disk)} for models and bundle; memory: {_gigabytes(plan.memory)} at most",
         *(f"{i}. {step}" for i, step in enumerate(plan.steps, 1)),
     ]
-    console.print("\n".join(lines), highlight=False)
+    print("\n".join(lines))
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Column, Table
+
+    return Table(*(Column(name, overflow="fold") if name == "source" else name for name in columns))
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
 
 
 def _gigabytes(size: int | None) -> str:

@@ -14,7 +14,8 @@ Part = Literal["attention", "mlp"]
 
 _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"mlp|feed_forward|ffn")
-_VOCABULARY = re.compile(r"(embed_tokens|wte|lm_head|word_embeddings|output_projection)\.weight$")
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|output_projection|embed_out)\.weight$|^(model\.)?output\.weight$")
 
 
 def family_key(checkpoint: Checkpoint) -> str:
@@ -31,7 +32,7 @@ def family_key(checkpoint: Checkpoint) -> str:
     facts = {
         "class": config.get("architectures"),
         "rope": rope,
-        "norm_eps": _rounded(config.get("rms_norm_eps", config.get("layer_norm_epsilon"))),
+        "norm_eps": norm_eps(config),
         "tied": bool(config.get("tie_word_embeddings", False)),
         # Configs from before grouped queries leave the number of key and value heads out.
         "heads": [heads, config.get("num_key_value_heads") or heads],
@@ -55,9 +56,25 @@ def context_window(config: Mapping[str, Any]) -> int:
     return int(config.get("max_position_embeddings", config.get("n_positions", 2048)))
 
 
+def norm_eps(config: Mapping[str, Any]) -> str | None:
+    """What the norms add to the variance, rounded: GGUF keeps 1e-5 as a float32, 9.99999974e-06."""
+    eps = config.get("rms_norm_eps", config.get("layer_norm_eps", config.get("layer_norm_epsilon")))
+    return None if eps is None else f"{eps:.6g}"
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is the table of input embeddings."""
+    return _EMBEDDING.search(name) is not None
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is the output head."""
+    return _HEAD.search(name) is not None
+
+
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has a row a token."""
-    return _VOCABULARY.search(name) is not None
+    return is_embedding(name) or is_head(name) or name.endswith("lm_head.bias")
 
 
 def part(name: str, shape: tuple[int, ...]) -> Part | None:
@@ -67,8 +84,3 @@ def part(name: str, shape: tuple[int, ...]) -> Part | None:
     if _ATTENTION.search(name):
         return "attention"
     return "mlp" if _MLP.search(name) else None
-
-
-def _rounded(value: float | None) -> str | None:
-    # GGUF keeps 1e-5 as a float32, 9.99999974e-06.
-    return None if value is None else f"{value:.6g}"

@@ -6,9 +6,11 @@ a float32's.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,15 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 
+from builder import kernels
 from builder.errors import CheckpointError
 
 Array = NDArray[np.float32]
 STORAGE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-TOO_LARGE = {"F32": math.inf, "F16": 65520.0, "BF16": 2.0**128 - 2.0**119}
-"""What rounds to inf: halfway past the largest number, and beyond."""
 SHARD_BYTES = 5 * 10**9
 HEADER_BYTES = 10**8
 """The format's own limit."""
+WRITE_BEHIND = 1 << 16
+"""Smaller pieces are not worth a system call of their own."""
+_SYNC_FILE_RANGE, _START_WRITING = getattr(ctypes.CDLL(None), "sync_file_range", None), 2  # Linux has it
 IGNORED = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints hold and every model computes for itself."""
 
@@ -80,24 +84,54 @@ class Checkpoint:
 
     def read(self, name: str) -> Array:
         """A tensor as float32; a copy of its own. Raises CheckpointError for one with NaN or inf."""
+        return read(self._reader(name), name, self.folder)
+
+    def stored(self, name: str) -> NDArray[Any]:
+        """A tensor as it is stored, flat: float32, float16, or uint16 for the bits of bfloat16."""
+        return self._reader(name).stored(name)
+
+    def fetch(self, name: str) -> None:
+        """Let the system read a tensor ahead, if it can."""
+        self._reader(name).fetch(name)
+
+    def _reader(self, name: str) -> Safetensors | _Pickle:
         for reader in self._readers:
             if name in reader.tensors:
-                values = reader.read(name)
-                if not np.isfinite(values).all():
-                    raise CheckpointError(
-                        f"{self.folder}: {name} holds NaN or inf: fetch the model again, or leave it out"
-                    )
-                return values
+                return reader
         raise CheckpointError(f"{self.folder} has no tensor {name}")
 
     @cached_property
     def sha256(self) -> str:
         """Digest of the weight files' names and bytes: what results about this model are keyed by."""
+        return self.sha256_of({path: sha256(path) for path in self.files})
+
+    def sha256_of(self, hashes: Mapping[Path, str]) -> str:
+        """The same from digests of the files that are known already."""
         total = hashlib.sha256()
         for path in self.files:
-            with path.open("rb") as file:
-                total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            total.update(f"{path.name} {hashes[path]}\n".encode())
         return total.hexdigest()
+
+
+def stamp(path: Path) -> dict[str, Any]:
+    """What changes when somebody writes a file."""
+    facts = path.stat()
+    return {"file": str(path.resolve()), "size": facts.st_size, "time": facts.st_mtime_ns}
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(reader: Safetensors | _Pickle, name: str, where: Path) -> Array:
+    """A tensor as float32; a copy of its own. Raises CheckpointError for one with NaN or inf."""
+    stored = reader.stored(name)
+    values, finite = kernels.load(stored)
+    if not finite:
+        raise CheckpointError(f"{where}: {name} holds NaN or inf: fetch the model again, or leave it out")
+    return (values.copy() if values is stored else values).reshape(reader.tensors[name].shape)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -142,38 +176,93 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} is not an index of weights: fetch the model again") from exc
 
 
+class Writer:
+    """The weight files of a model folder: headers first, then tensors in any order, from any thread.
+
+    Files get their mode from the umask, their space at once, and are synced by `close`. Raises OSError for a full disk.
+    """
+
+    def __init__(self, folder: Path, layout: Mapping[str, Tensor], shard_bytes: int | None = None) -> None:
+        self._places: dict[str, tuple[int, int]] = {}
+        self._descriptors: list[int] = []
+        shards = _shards(layout, shard_bytes or SHARD_BYTES)
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        if len(shards) == 1:
+            names = ["model.safetensors"]
+        else:
+            index = {
+                "metadata": {"total_size": sum(tensor.bytes for tensor in layout.values())},
+                "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+            }
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        try:
+            for name, shard in zip(names, shards, strict=True):
+                self._open(folder / name, {tensor: layout[tensor] for tensor in shard})
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _open(self, path: Path, layout: Mapping[str, Tensor]) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._descriptors.append(descriptor)
+        header = _header(layout)
+        place = len(header)
+        for name, tensor in layout.items():
+            self._places[name] = (descriptor, place)
+            place += tensor.bytes
+        os.posix_fallocate(descriptor, 0, place)
+        _write_all(descriptor, memoryview(header), 0)
+
+    def put(self, name: str, start: int, stored: NDArray[Any]) -> None:
+        """Write elements of a tensor from `start` on, in its own dtype."""
+        descriptor, place = self._places[name]
+        place += start * stored.itemsize
+        _write_all(descriptor, stored.reshape(-1).view(np.uint8).data, place)
+        if _SYNC_FILE_RANGE and stored.nbytes >= WRITE_BEHIND:
+            # The disk starts now, and nobody waits for it: `close` finds little left to do.
+            _SYNC_FILE_RANGE(descriptor, ctypes.c_int64(place), ctypes.c_int64(stored.nbytes), _START_WRITING)
+
+    def close(self) -> None:
+        """Sync and close the files."""
+        for descriptor in self._descriptors:
+            os.fsync(descriptor)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
 def write(folder: Path, layout: Mapping[str, Tensor], tensors: Iterator[tuple[str, Array]]) -> None:
     """Write `tensors` into the folder as safetensors, one shard or several with an index.
 
-    The layout is known first, so every tensor goes straight to its place; what is in memory is one tensor. The order
-    and the set of `tensors` must be the layout's. Files get their mode from the umask, and are synced. Raises
-    CheckpointError for a value that is NaN or inf, or that its dtype would make so.
+    What is in memory is one tensor. The set of `tensors` must be the layout's. Raises CheckpointError for a value that
+    is NaN or inf, or that its dtype would make so.
     """
-    shards = _shards(layout)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        index = {
-            "metadata": {"total_size": sum(tensor.bytes for tensor in layout.values())},
-            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    for file_name, shard in zip(names, shards, strict=True):
-        with (folder / file_name).open("wb") as file:
-            file.write(_header({name: layout[name] for name in shard}))
-            for expected in shard:
-                name, values = next(tensors)
-                if name != expected or values.shape != layout[name].shape:
-                    raise AssertionError(
-                        f"{name} {values.shape} came where {expected} {layout[expected].shape} was due"
-                    )
-                peak = max(values.max(initial=0.0), -values.min(initial=0.0))
-                if not peak < TOO_LARGE[layout[name].dtype]:
-                    raise CheckpointError(f"{name} would hold NaN or inf in {layout[name].dtype}: look at its sources")
-                file.write(_stored(values, layout[name].dtype).data)
-            file.flush()
-            os.fsync(file.fileno())
+    writer = Writer(folder, layout)
+    try:
+        for name, values in tensors:
+            if values.shape != layout[name].shape:
+                raise AssertionError(f"{name} {values.shape} came where {layout[name].shape} was due")
+            writer.put(name, 0, stored(name, np.ascontiguousarray(values, np.float32), layout[name].dtype))
+        writer.close()
+    finally:
+        writer.abandon()
+
+
+def stored(name: str, values: Array, dtype: str) -> NDArray[Any]:
+    """The values in a dtype, flat. Raises CheckpointError for a value that is NaN or inf there."""
+    found, finite = kernels.store(values.reshape(-1), dtype)
+    if not finite:
+        raise CheckpointError(f"{name} would hold NaN or inf in {dtype}: look at its sources")
+    return found
+
+
+def _write_all(descriptor: int, data: memoryview, place: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, place)
+        data, place = data[written:], place + written
 
 
 class _Entry(BaseModel):
@@ -224,11 +313,29 @@ class Safetensors:
         if 8 + length + place < size:
             raise CheckpointError(f"{path} is longer than its header says: fetch it again")
 
-    def read(self, name: str) -> Array:
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        with self._path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def stored(self, name: str) -> NDArray[Any]:
+        """The tensor as it is stored, flat, read when it is looked at."""
         tensor = self.tensors[name]
         count = math.prod(tensor.shape)
-        raw = np.fromfile(self._path, STORAGE[tensor.dtype], count, offset=self._offsets[name])
-        return _loaded(raw, tensor.dtype).reshape(tensor.shape)
+        if not count:
+            return np.zeros(0, STORAGE[tensor.dtype])
+        return np.frombuffer(self._map, STORAGE[tensor.dtype], count, self._offsets[name])
+
+    def read(self, name: str) -> Array:
+        """A tensor as float32; a copy of its own. Raises CheckpointError for one with NaN or inf."""
+        return read(self, name, self._path)
+
+    def fetch(self, name: str) -> None:
+        """Let the system read the tensor ahead."""
+        start = self._offsets[name] // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = self._offsets[name] + self.tensors[name].bytes
+        if stop > start:
+            self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
 
 
 class _Pickle:
@@ -253,18 +360,25 @@ class _Pickle:
                 raise CheckpointError(f"{path}: {name} is {value.dtype}: use the unquantised model")
         self.tensors = {name: Tensor(names[value.dtype], tuple(value.shape)) for name, value in self._state.items()}
 
-    def read(self, name: str) -> Array:
-        values: Array = self._state[name].detach().float().numpy().copy()
-        return values
+    def stored(self, name: str) -> NDArray[Any]:
+        """The tensor as it is stored, flat."""
+        import torch
+
+        values = self._state[name].detach().contiguous().reshape(-1)
+        found: NDArray[Any] = (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
+        return found
+
+    def fetch(self, name: str) -> None:
+        """Nothing: the system reads it when it is looked at."""
 
 
-def _shards(layout: Mapping[str, Tensor]) -> list[list[str]]:
+def _shards(layout: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
+    room = shard_bytes
     for name, tensor in layout.items():
         if shards[-1] and tensor.bytes > room:
             shards.append([])
-            room = SHARD_BYTES
+            room = shard_bytes
         shards[-1].append(name)
         room -= tensor.bytes
     return shards
@@ -280,22 +394,6 @@ def _header(layout: Mapping[str, Tensor]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _loaded(raw: NDArray[Any], dtype: str) -> Array:
-    if dtype == "BF16":
-        values: Array = (raw.astype(np.uint32) << 16).view(np.float32)
-        return values
-    return raw.astype(np.float32)
-
-
-def _stored(values: Array, dtype: str) -> NDArray[Any]:
-    """The values' storage in `dtype`, rounded to nearest, ties to even."""
-    values = np.ascontiguousarray(values, np.float32)
-    if dtype != "BF16":
-        return values.astype(STORAGE[dtype])
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _first(exc: Exception) -> str:

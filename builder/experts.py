@@ -11,8 +11,8 @@ from builder.architecture import context_window
 from builder.checkpoints import read_config, weight_files
 from builder.config import Base, Model
 from builder.members import Members
-from builder.merge import stream
-from builder.merge.stream import Merge, companions
+from builder.merge import folder as model_folder
+from builder.merge import simple, stream
 from builder.search.average import Weights
 from builder.sources import is_local
 from routers import bundle
@@ -27,7 +27,8 @@ def write(folder: Path, method: str, weights: Weights, members: Members) -> None
         return
     files.remove(folder)
     if len(weights) > 1:
-        stream.write(Merge(method, {name: members[name].checkpoint for name in weights}, weights), folder)
+        plan = simple.of_members(method, weights, {name: members[name].folder for name in weights})
+        stream.write(plan, folder)
     else:
         _copy(members[next(iter(weights))].folder, folder)
     note.write_text(made_of, "utf-8")
@@ -76,7 +77,7 @@ def _copy(source: Path, folder: Path) -> None:
     """Weights, config, tokenizer, and a custom model's own code; nothing else that lies in the folder."""
     with files.whole(folder) as partial:
         indices = [path for path in source.glob("*.index.json") if path.name.startswith(("model", "pytorch_model"))]
-        for path in [*weight_files(source), *indices, *companions(source)]:
+        for path in [*weight_files(source), *indices, *model_folder.companions(source)]:
             files.copy(path, partial / path.name)
 
 

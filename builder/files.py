@@ -13,17 +13,35 @@ from builder.errors import BuildError
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A folder to fill, beside `path`; it becomes `path` at the end, and is removed when the block fails."""
+def whole(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, beside `path`; synced, it becomes `path` at the end, and is removed when the block fails.
+
+    overwrite: a folder that is there is replaced at the end, else the rename fails on it.
+    """
     partial = path.with_name(f"{path.name}.partial")
     remove(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
+        for file in (*partial.rglob("*"), partial):
+            sync(file)
     except BaseException:
         remove(partial)
         raise
-    partial.rename(path)
+    if overwrite and path.exists():
+        old = path.with_name(f"{path.name}.old")
+        remove(old)
+        path.rename(old)
+        partial.rename(path)
+        remove(old)
+    else:
+        partial.rename(path)
+    sync(path.parent)
+
+
+def default_cache() -> Path:
+    """MODELGLUE_CACHE, or ~/.cache/modelglue."""
+    return Path(os.environ.get("MODELGLUE_CACHE") or Path("~/.cache/modelglue").expanduser())
 
 
 def free(path: Path) -> int:
@@ -31,6 +49,15 @@ def free(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

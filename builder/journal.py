@@ -30,18 +30,28 @@ class Journal:
 
     def once(self, kind: str, inputs: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """The result of `compute`, a JSON value, from the journal when these inputs were seen before."""
-        text = json.dumps(inputs, sort_keys=True)
-        key = digest(kind, text)
-        row = self._db.execute("SELECT result FROM results WHERE key = ?", (key,)).fetchone()
-        if row is None:
+        found = self.known(kind, inputs)
+        if found is None:
             started = time.monotonic()
-            row = (json.dumps(compute()),)
-            with self._db:
-                self._db.execute(
-                    "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?)",
-                    (key, kind, text, row[0], time.monotonic() - started),
-                )
-        return json.loads(row[0])
+            result = compute()
+            self.keep(kind, inputs, result, time.monotonic() - started)
+            found = self.known(kind, inputs)
+        return found
+
+    def known(self, kind: str, inputs: Mapping[str, Any]) -> Any | None:
+        """The result of these inputs if it was seen before."""
+        key = digest(kind, json.dumps(inputs, sort_keys=True))
+        row = self._db.execute("SELECT result FROM results WHERE key = ?", (key,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def keep(self, kind: str, inputs: Mapping[str, Any], result: Any, seconds: float) -> None:
+        """Make a result known."""
+        text = json.dumps(inputs, sort_keys=True)
+        with self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?)",
+                (digest(kind, text), kind, text, json.dumps(result), seconds),
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from pathlib import Path
 from builder.checkpoints import Checkpoint
 from builder.config import Base, Zoo
 from builder.journal import Journal, digest
-from builder.merge.stream import companions
+from builder.merge.folder import companions
 from builder.sources import Fetched
 from routers import bundle
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from builder import adapters, files, hub
+from builder import files, hub
+from builder.adapters import FILES as _ADAPTER
 from builder.checkpoints import weight_files
 from builder.config import Base, Model, Zoo
 from builder.errors import CheckpointError, SourceError
+from builder.merge import simple
 from builder.progress import Progress
-
-_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,6 @@ class Fetched:
     revision: str | None
 
 
-def default_cache() -> Path:
-    """MODELGLUE_CACHE, or ~/.cache/modelglue."""
-    return Path(os.environ.get("MODELGLUE_CACHE") or Path("~/.cache/modelglue").expanduser())
-
-
 @dataclass(frozen=True)
 class Store:
     """The models on this machine: those fetched into `cache`, and those a user has in `models_dir` already.
@@ -48,7 +43,7 @@ class Store:
     """
 
     zoo: Zoo
-    cache: Path = field(default_factory=default_cache)
+    cache: Path = field(default_factory=files.default_cache)
     models_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -117,7 +112,7 @@ class Store:
             partial.replace(marker)
         elif isinstance(entry, Model) and entry.adapter and entry.base:
             with progress.step(f"fetch {entry.id}: base + adapter", 1):
-                adapters.apply(adapter_folder(entry.adapter), self._here(entry.base).folder, self._target(entry))
+                simple.apply(adapter_folder(entry.adapter), self._here(entry.base).folder, self._target(entry))
         elif entry.source.startswith("tiny:"):
             self._train(entry, progress)
         else:

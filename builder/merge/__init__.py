@@ -1,8 +1,7 @@
-"""Merge methods, one pure function a file: tensors of the members and their weights in, one tensor out."""
+"""Merges models: recipe -> plan -> stream, tensor by tensor; one pure function a method, all in METHODS."""
 
 from __future__ import annotations
 
-from builder.merge.linear import linear
-from builder.merge.method import Method
+from builder.merge.methods import METHODS
 
-METHODS: dict[str, Method] = {"linear": linear}
+__all__ = ["METHODS"]

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from builder.config import Split, Zoo
 from builder.journal import Journal
 from builder.members import Members
-from builder.merge import stream
-from builder.merge.stream import Merge
+from builder.merge import simple, stream
 from builder.progress import Progress
 from builder.proxy import tasks
 from builder.proxy.items import Item
@@ -71,8 +70,8 @@ class Evaluator:
         with self._progress.step(f"score {name_of(weights)} ({split})", sum(len(i.choices) for i in items)) as advance:
             scorer = Scorer(first.folder, trust_remote_code=first.entry.trust_remote_code)
             if len(weights) > 1:
-                checkpoints = {name: self._members[name].checkpoint for name in weights}
-                scorer.rewrite(stream.tensors(Merge(self._zoo.search.method, checkpoints, weights)))
+                folders = {name: self._members[name].folder for name in weights}
+                scorer.rewrite(stream.tensors(simple.of_members(self._zoo.search.method, weights, folders)))
             return [dataclasses.asdict(score) for score in scorer.score(items, advance)]
 
 

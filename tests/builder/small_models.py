@@ -24,19 +24,20 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def random_tensors(seed: int, rows: int = 10) -> dict[str, Array]:
-    """One decoder layer, embeddings and head of `rows` tokens; magnitudes from 0.5 to 2, signs mixed."""
+def random_tensors(seed: int, rows: int = 10, layers: int = 1, width: int = 8) -> dict[str, Array]:
+    """Decoder layers, embeddings and head of `rows` tokens; magnitudes from 0.5 to 2, signs mixed."""
     rng = np.random.default_rng(seed)
-    shapes = {
-        "model.embed_tokens.weight": (rows, 8),
-        "model.layers.0.self_attn.q_proj.weight": (8, 8),
-        "model.layers.0.self_attn.o_proj.weight": (8, 8),
-        "model.layers.0.mlp.gate_proj.weight": (12, 8),
-        "model.layers.0.mlp.down_proj.weight": (8, 12),
-        "model.layers.0.input_layernorm.weight": (8,),
-        "model.norm.weight": (8,),
-        "lm_head.weight": (rows, 8),
-    }
+    inner = width * 3 // 2
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, width)}
+    for layer in range(layers):
+        shapes |= {
+            f"model.layers.{layer}.self_attn.q_proj.weight": (width, width),
+            f"model.layers.{layer}.self_attn.o_proj.weight": (width, width),
+            f"model.layers.{layer}.mlp.gate_proj.weight": (inner, width),
+            f"model.layers.{layer}.mlp.down_proj.weight": (width, inner),
+            f"model.layers.{layer}.input_layernorm.weight": (width,),
+        }
+    shapes |= {"model.norm.weight": (width,), "lm_head.weight": (rows, width)}
     return {
         name: (rng.uniform(0.5, 2.0, shape) * rng.choice([-1, 1], shape)).astype(np.float32)
         for name, shape in shapes.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -18,6 +19,8 @@ from builder import checkpoints
 from builder.checkpoints import Array, Checkpoint, Tensor
 from builder.errors import CheckpointError
 
+TOO_LARGE = {"F32": math.inf, "F16": 65520.0, "BF16": 2.0**128 - 2.0**119}
+"""What rounds to inf: halfway past the largest number, and beyond."""
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -44,7 +47,7 @@ def raw_safetensors(path: Path, header: Any, data: bytes = b"") -> None:
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_a_value_is_rounded_once_as_torch_rounds_it(tmp_path: Path, dtype: str) -> None:
-    values = floats(200_000, checkpoints.TOO_LARGE[dtype])
+    values = floats(200_000, TOO_LARGE[dtype])
 
     stored = load_file(store(tmp_path, values, dtype))["x"]
 
@@ -55,7 +58,7 @@ def test_a_value_is_rounded_once_as_torch_rounds_it(tmp_path: Path, dtype: str) 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_a_value_is_read_exactly(tmp_path: Path, dtype: str, suffix: str) -> None:
-    tensor = torch.from_numpy(floats(1000, checkpoints.TOO_LARGE[dtype])[:900]).to(TORCH[dtype]).reshape(30, 30)
+    tensor = torch.from_numpy(floats(1000, TOO_LARGE[dtype])[:900]).to(TORCH[dtype]).reshape(30, 30)
     if suffix == ".bin":
         torch.save({"x": tensor}, tmp_path / "pytorch_model.bin")
     else:
@@ -68,7 +71,7 @@ def test_a_value_is_read_exactly(tmp_path: Path, dtype: str, suffix: str) -> Non
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_a_number_too_large_for_its_dtype_is_refused_and_the_largest_is_kept(tmp_path: Path, dtype: str) -> None:
-    too_large = np.float32(checkpoints.TOO_LARGE[dtype])
+    too_large = np.float32(TOO_LARGE[dtype])
     just_not = np.nextafter(too_large, np.float32(0))
 
     assert torch.isfinite(load_file(store(tmp_path, np.array([-just_not, just_not]), dtype))["x"]).all()

@@ -4,41 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from command_line import Run, sockets_are_closed
 
-from builder import __main__ as command
 from routers import bundle
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MODELGLUE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-class Result:
-    """Exit code and output of one command."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*words: str | Path) -> Result:
-        monkeypatch.setattr("sys.argv", ["builder", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            command.main()
-        captured = capsys.readouterr()
-        return Result(int(stopped.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +36,6 @@ subjects = { math = ["Question: Ann has 12 apples. How many now?"], code = ["def
 proxy = { tasks = ["tiny/math", "tiny/code"], metric = "log_likelihood", limit = 8 }
 router = { features = "math" }
 """
-
-
-def sockets_are_closed(*_: object) -> None:
-    raise AssertionError("the network was asked")
 
 
 def test_the_plan_of_the_papers_zoo_needs_no_network(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

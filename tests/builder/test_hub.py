@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,20 +34,10 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def fake(model_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """The hub that huggingface_hub talks to, with the repository org/model, and nobody logged in."""
-    from huggingface_hub import close_session
-
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    # It waits a second before it asks again.
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
-    with FakeHub({"org/model": model_files}) as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        yield running
-        close_session()
+def fake(model_files: dict[str, bytes], empty_hub: FakeHub) -> FakeHub:
+    """The hub with the repository org/model."""
+    empty_hub.repos["org/model"] = model_files
+    return empty_hub
 
 
 def zoo(*sources: str, **facts: Any) -> Zoo:

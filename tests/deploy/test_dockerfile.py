@@ -41,8 +41,9 @@ def test_hadolint_finds_nothing() -> None:
 
 def test_the_base_is_pinned_to_a_patch_release() -> None:
     (python,) = (argument for argument in arguments("ARG") if argument.startswith("PYTHON="))
-    assert re.fullmatch(r"PYTHON=python:3\.11\.\d+-slim-bookworm", python)
-    assert [image.split()[0] for image in arguments("FROM")] == ["${PYTHON}", "${BASE}"]
+    assert re.fullmatch(r"PYTHON=python:3\.11\.\d+", python)
+    assert [image.split()[0] for image in arguments("FROM")] == ["${PYTHON}-bookworm", "${BASE}"]
+    assert "BASE=${PYTHON}-slim-bookworm" in arguments("ARG")
 
 
 def test_the_image_runs_as_the_user_that_the_manifests_name() -> None:

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builder.checkpoints import Checkpoint
 from builder.errors import CheckpointError
-from builder.merge import stream
-from builder.merge.stream import Merge
+from builder.merge import simple, stream
 from builder.proxy import scorer, tasks
 from builder.proxy.items import Item
 from builder.proxy.scorer import Scorer
@@ -66,11 +65,10 @@ def test_a_token_that_spans_prompt_and_choice_is_scored(micro_zoo: dict[str, Pat
 
 
 def test_rewritten_weights_score_as_the_written_merge(micro_zoo: dict[str, Path], tmp_path: Path) -> None:
-    members = {name: Checkpoint(micro_zoo[name]) for name in ("math", "code")}
-    merge = Merge("linear", members, {"math": 0.5, "code": 0.5})
-    stream.write(merge, tmp_path / "merged")
+    plan = simple.of_members("linear", {"math": 0.5, "code": 0.5}, micro_zoo)
+    stream.write(plan, tmp_path / "merged")
     live = Scorer(micro_zoo["math"], dtype=torch.bfloat16)
-    live.rewrite(stream.tensors(merge))
+    live.rewrite(stream.tensors(plan))
     assert live.score(ITEMS) == Scorer(tmp_path / "merged", dtype=torch.bfloat16).score(ITEMS)
     assert live.score(ITEMS) != Scorer(micro_zoo["math"], dtype=torch.bfloat16).score(ITEMS)
 
