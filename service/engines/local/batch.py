@@ -29,6 +29,7 @@ class Batch:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._cache_name = _cache_name(model)
         self.clear()
 
     def clear(self) -> None:
@@ -41,7 +42,7 @@ class Batch:
         """Run a prompt alone: the logits after it [V], and its cache, for `join`."""
         cache = DynamicCache(config=self._model.config)
         prompt = torch.tensor([tokens], device=self._model.device)
-        output = self._model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = self._model(input_ids=prompt, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
         return output.logits[0, -1], cache
 
     @torch.inference_mode()
@@ -60,14 +61,14 @@ class Batch:
     def step(self, tokens_B: Sequence[int]) -> Tensor:
         """Give every row its next token; the logits after them [B, V]."""
         device = self._model.device
-        padding: dict[str, Tensor] = {}
+        options: dict[str, Any] = {self._cache_name: self._cache, "use_cache": True}
         longest = max(self._lengths_B)
         if min(self._lengths_B) < longest:
             positions_B1 = torch.tensor(self._lengths_B, device=device)[:, None]
             mask_BS = torch.arange(longest + 1, device=device) >= longest - positions_B1
-            padding = {"attention_mask": mask_BS.long(), "position_ids": positions_B1}
+            options |= {"attention_mask": mask_BS.long(), "position_ids": positions_B1}
         tokens_B1 = torch.tensor(tokens_B, device=device)[:, None]
-        output = self._model(input_ids=tokens_B1, past_key_values=self._cache, use_cache=True, **padding)
+        output = self._model(input_ids=tokens_B1, **options)
         self._lengths_B = [length + 1 for length in self._lengths_B]
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
@@ -87,6 +88,12 @@ class Batch:
             layer.keys = layer.keys.index_select(0, index)[:, :, unused:]
             layer.values = layer.values.index_select(0, index)[:, :, unused:]
         self._lengths_B = lengths
+
+
+def _cache_name(model: Any) -> str:
+    """What a model calls its cache: transformers before 5.24, and code written for it, `past_key_values`."""
+    forwards = (vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind))
+    return "cache" if any("cache" in inspect.signature(each).parameters for each in forwards) else "past_key_values"
 
 
 def _padded(states: Tensor, length: int) -> Tensor:

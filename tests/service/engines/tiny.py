@@ -52,17 +52,19 @@ class FaultyLlama(LlamaForCausalLM):
 
     config_class = FaultyConfig
 
-    def forward(self, input_ids: Any, past_key_values: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+
         def met(character: str) -> Any:
             return (input_ids == self.config.characters[character]).any(-1)
 
-        if met(BREAKS_READING).any() or past_key_values.get_seq_length() >= BREAKS_STEP_AT:
+        if met(BREAKS_READING).any() or cache.get_seq_length() >= BREAKS_STEP_AT:
             raise RuntimeError("the matrix is on fire")
         if met(KILLS).any():
             raise SystemExit("killed")
         if met(SLEEPS).any():
             time.sleep(NAP)
-        output = super().forward(input_ids, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
+        output = super().forward(input_ids, position_ids=position_ids, **kwargs)
         output.logits[met(BREAKS_LOGITS)] = torch.nan
         return output
 
