@@ -45,9 +45,14 @@ class Tensor:
     shape: tuple[int, ...]
 
     @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Size on disk."""
-        return math.prod(self.shape) * STORAGE[self.dtype].itemsize
+        return self.elements * STORAGE[self.dtype].itemsize
 
 
 class Checkpoint:

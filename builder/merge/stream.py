@@ -6,6 +6,7 @@ pieces in flight.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
@@ -171,13 +172,15 @@ def _memory(output: Output) -> int:
     columns = output.tensor.shape[-1] if output.tensor.shape else 1
     if output.method == "regmean" and len(output.tensor.shape) == 2:
         return 8 * columns * columns + 4 * 256 * columns * 8
-    return 4 * max(1 << 16, columns) * (2 * len(output.origins) + PIECE_ARRAYS)
+    masks = output.tensor.elements // 8 * len(output.inputs) if output.parameters.get("rescale") else 0
+    return 4 * max(PIECE, columns) * (2 * len(output.origins) + PIECE_ARRAYS) + masks
 
 
 class _Executor:
     def __init__(self, plan: Plan, arrays: Arrays, threads: int) -> None:
         self.plan, self.threads, self._arrays = plan, threads, arrays
         self._stop = threading.Event()
+        _reuse_freed_memory()
         self._axes = _alignment(plan)
         self._extra = self._survey()
 
@@ -341,6 +344,14 @@ class _Executor:
         except BaseException:
             self._stop.set()
             raise
+
+
+def _reuse_freed_memory() -> None:
+    """Keep what a piece gives back for the next: glibc returns it to the system, which clears every page anew."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        for parameter, size in ((trim_threshold, 1 << 28), (top_pad, 1 << 24), (mmap_threshold, 1 << 25)):
+            mallopt(parameter, size)
 
 
 def _cause(futures: Sequence[Future[Any]]) -> BaseException:

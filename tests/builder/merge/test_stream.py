@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -11,6 +12,8 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -716,6 +719,10 @@ def test_statistics_of_other_weights_are_refused(family: Path, tmp_path: Path) -
             {"a": {"statistics": "a.stats"}, "c": {"statistics": "a.stats"}},
             "a.stats was measured on other weights than",
         ),
+        (
+            {"a": {"statistics": "c.stats"}, "c": {"statistics": "c.stats"}},
+            "c.stats was measured on other weights than",
+        ),
         ({"a+lora": {"statistics": "a.stats"}}, r"a.stats cannot be of a\+lora: merge the adapter into a folder"),
     ):
         with pytest.raises(MergeError, match=sentence):
@@ -926,6 +933,14 @@ def dying(error: type[BaseException], after: int) -> Callable[..., Iterator[Any]
     return method
 
 
+def open_files() -> list[str]:
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found.append(str(descriptor.readlink()))
+    return found
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_a_merge_that_is_interrupted_leaves_nothing(
@@ -934,8 +949,34 @@ def test_a_merge_that_is_interrupted_leaves_nothing(
     monkeypatch.setitem(METHODS, "linear", dataclasses.replace(METHODS["linear"], merge=dying(error, 5)))
 
     with pytest.raises(error):
-        merge(tmp_path, family, "linear", HALVES, threads=threads)
+        merge(tmp_path, family, "linear", HALVES, threads=threads, shard_bytes=50_000)
     assert is_clean(tmp_path)
+    assert not [path for path in open_files() if "out.partial" in path]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_first_failure_ends_what_the_others_do(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    todo = planned(write_recipe(tmp_path / "recipe.yaml", "linear", HALVES), family)
+    first, failed, merged = max(todo.outputs, key=lambda output: output.tensor.bytes).name, threading.Event(), []
+
+    def failing(inputs: Inputs, **_: Any) -> Iterator[Any]:
+        for piece in inputs.pieces():
+            if inputs.name == first:
+                failed.set()
+                raise MergeError("no")
+            failed.wait(10)
+            time.sleep(0.05)
+            merged.append(inputs.name)
+            yield piece.values[0]
+
+    monkeypatch.setattr(stream, "PIECE", 4096)
+    monkeypatch.setitem(METHODS, "linear", dataclasses.replace(METHODS["linear"], merge=failing))
+
+    with pytest.raises(MergeError, match="no"):
+        stream.write(todo, tmp_path / "out", threads=threads)
+    assert len(merged) < 2 * threads  # the largest tensors have three pieces
 
 
 def test_a_merge_ends_with_who_watches_it(family: Path, tmp_path: Path) -> None:
