@@ -50,11 +50,12 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of the public sets.")],
     work: Annotated[Path, typer.Option(help="Folder for the merges.")] = Path("build/methods"),
     methods: Annotated[str, typer.Option(help="With commas between.")] = ",".join(METHODS),
+    count: Annotated[int, typer.Option("--texts", min=1, help="Held-out texts of each domain, at most.")] = 40,
 ) -> None:
     """Print the table."""
     folders = {name: fetched.folder for name, fetched in Store(load_zoo("demo")).fetch(Quiet()).items()}
     held_out = {
-        domain: [Item("", (example.plain[:LONGEST],), 0) for example in texts.load(domain, data).held_out]
+        domain: [Item("", (example.plain[:LONGEST],), 0) for example in texts.load(domain, data).held_out[:count]]
         for domain in texts.DOMAINS
     }
     row("held-out perplexity", *held_out, "mean", "says")
@@ -99,7 +100,7 @@ def statistics(kind: Kind, model: str, folders: Mapping[str, Path], data: Path, 
     out = work / f"{model}.{kind}.safetensors"
     if not out.exists():
         work.mkdir(parents=True, exist_ok=True)
-        own = [example.plain[:LONGEST] for example in texts.load(model, data).public[:64]]
+        own = [example.plain[:LONGEST] for example in texts.load(model, data).public[:16]]
         measure(folders[model], own, out, kind=kind, max_tokens=256)
     return out
 

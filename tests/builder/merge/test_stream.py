@@ -39,6 +39,7 @@ from builder.merge.plan import Plan, plan
 from builder.merge.recipe import load_recipe
 from builder.merge.statistics import KEY, About
 from builder.merge.stream import Result
+from builder.merge.torch_arrays import TorchArrays
 
 Doubles = NDArray[np.float64]
 Models = dict[str, dict[str, Doubles]]
@@ -309,6 +310,27 @@ def test_neither_threads_nor_pieces_change_a_byte(
         stream.write(todo, tmp_path / "out", threads=threads, overwrite=True)
 
         assert llamas.contents(tmp_path / "out") == llamas.contents(tmp_path / "whole"), (piece, threads)
+
+
+@pytest.mark.parametrize(("method", "case"), CASES)
+def test_neither_the_compiler_nor_the_device_changes_a_byte(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, case: int
+) -> None:
+    write_statistics(family, method, "abc") if method in ("fisher", "regmean") else None
+    todo = planned(recipe_of(family / "recipe.yaml", method, case, out_dtype="float32"), family)
+    stream.write(todo, tmp_path / "compiled", threads=2)
+    monkeypatch.setenv("MODELGLUE_KERNELS", "numpy")
+    kernels._compiled.cache_clear()
+    stream.write(todo, tmp_path / "numpy", threads=2)
+    monkeypatch.delenv("MODELGLUE_KERNELS")
+    kernels._compiled.cache_clear()
+    # torch on the processor stands for a GPU.
+    monkeypatch.setattr(stream, "arrays_of", lambda _: TorchArrays("cpu"))
+    stream.write(todo, tmp_path / "torch", threads=2)
+
+    whole = llamas.contents(tmp_path / "compiled")
+    assert llamas.contents(tmp_path / "numpy") == whole
+    assert llamas.contents(tmp_path / "torch") == whole
 
 
 def test_a_seed_decides_the_bytes(family: Path, tmp_path: Path) -> None:
@@ -959,14 +981,16 @@ def test_the_first_failure_ends_what_the_others_do(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     todo = planned(write_recipe(tmp_path / "recipe.yaml", "linear", HALVES), family)
-    first, failed, merged = max(todo.outputs, key=lambda output: output.tensor.bytes).name, threading.Event(), []
+    first, merged = max(todo.outputs, key=lambda output: output.tensor.bytes).name, []
+    all_at_work, failed = threading.Barrier(threads, timeout=30), threading.Event()
 
     def failing(inputs: Inputs, **_: Any) -> Iterator[Any]:
+        all_at_work.wait()
         for piece in inputs.pieces():
             if inputs.name == first:
                 failed.set()
                 raise MergeError("no")
-            failed.wait(10)
+            failed.wait(30)
             time.sleep(0.05)
             merged.append(inputs.name)
             yield piece.values[0]
