@@ -6,6 +6,8 @@ norms and dot products, and equals mergekit 0.1.5's of that name where that one 
 
 from __future__ import annotations
 
+from functools import partial
+
 from builder.merge.method import Method, Parameter
 from builder.merge.methods.fisher import fisher
 from builder.merge.methods.fusion import arcee_fusion
@@ -18,14 +20,11 @@ from builder.merge.methods.spherical import karcher, multislerp, nuslerp, slerp
 from builder.merge.methods.stock import model_stock
 from builder.merge.methods.task import (
     breadcrumbs,
-    breadcrumbs_ties,
     check_della,
     check_della_linear,
     check_sum,
-    dare_linear,
-    dare_ties,
+    dare,
     della,
-    della_linear,
     survey_ties,
     task_arithmetic,
     ties,
@@ -89,14 +88,26 @@ METHODS: dict[str, Method] = {
         base="required",
         survey=survey_ties,
     ),
-    "dare_linear": Method(dare_linear, _task(normalize=False, rescale=True), base="required", check=check_sum),
-    "dare_ties": Method(dare_ties, _task(normalize=False, rescale=True), base="required"),
-    "della": Method(della, _task(normalize=True, rescale=True, epsilon=_EPSILON), base="required", check=check_della),
-    "della_linear": Method(
-        della_linear, _task(normalize=False, rescale=True, epsilon=_EPSILON), base="required", check=check_della_linear
+    "dare_linear": Method(
+        partial(dare, elect=False), _task(normalize=False, rescale=True), base="required", check=check_sum
     ),
-    "breadcrumbs": Method(breadcrumbs, _task(normalize=False, gamma=_GAMMA), base="required", check=check_sum),
-    "breadcrumbs_ties": Method(breadcrumbs_ties, _task(normalize=False, gamma=_GAMMA), base="required"),
+    "dare_ties": Method(partial(dare, elect=True), _task(normalize=False, rescale=True), base="required"),
+    "della": Method(
+        partial(della, elect=True),
+        _task(normalize=True, rescale=True, epsilon=_EPSILON),
+        base="required",
+        check=check_della,
+    ),
+    "della_linear": Method(
+        partial(della, elect=False),
+        _task(normalize=False, rescale=True, epsilon=_EPSILON),
+        base="required",
+        check=check_della_linear,
+    ),
+    "breadcrumbs": Method(
+        partial(breadcrumbs, elect=False), _task(normalize=False, gamma=_GAMMA), base="required", check=check_sum
+    ),
+    "breadcrumbs_ties": Method(partial(breadcrumbs, elect=True), _task(normalize=False, gamma=_GAMMA), base="required"),
     "sce": Method(sce, {"select_topk": Parameter(default=1.0, low=0, high=1)}, base="required"),
     "arcee_fusion": Method(arcee_fusion, base="required", most=1),
     "nearswap": Method(nearswap, {"t": Parameter(low=0)}, base="required", most=1),

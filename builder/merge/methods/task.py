@@ -93,33 +93,35 @@ def survey_ties(tensors: Sequence[tuple[Inputs, Mapping[str, Any]]], over: Over)
     return [{"cuts": next(shared)} if parameters["trim"] == "global" else {} for _, parameters in tensors]
 
 
-def dare_linear(
+def dare(
     inputs: Inputs,
     *,
     weight: Sequence[float],
     density: Sequence[float],
-    normalize: bool = False,
-    rescale: Rescale = True,
+    normalize: bool,
+    rescale: Rescale,
     lambda_: float = 1.0,
+    elect: bool,
 ) -> Iterator[Values]:
-    """Task arithmetic on d_i whose elements are kept with probability density.
+    """Task arithmetic, or TIES' election and merge, on d_i whose elements are kept with probability density.
 
     Yu et al. 2024, arXiv 2311.03099, which rescales by 1 / density (`rescale: density`); the default is mergekit's.
     """
-    yield from _dare(inputs, weight, density, normalize, rescale, lambda_, elect=False)
 
+    def keep(piece: Piece, i: int) -> Any:
+        size = piece.rows * piece.columns
+        return None if density[i] == 1 else inputs.arrays.bernoulli(inputs.key(i), piece.start, size, density[i])
 
-def dare_ties(
-    inputs: Inputs,
-    *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    normalize: bool = False,
-    rescale: Rescale = True,
-    lambda_: float = 1.0,
-) -> Iterator[Values]:
-    """TIES' election and merge on d_i whose elements are kept with probability density; arXiv 2311.03099."""
-    yield from _dare(inputs, weight, density, normalize, rescale, lambda_, elect=True)
+    yield from _merge(
+        inputs,
+        lambda: keep,
+        weight=weight,
+        density=density,
+        normalize=normalize,
+        rescale=rescale,
+        lambda_=lambda_,
+        elect=elect,
+    )
 
 
 def della(
@@ -128,29 +130,45 @@ def della(
     weight: Sequence[float],
     density: Sequence[float],
     epsilon: Sequence[float],
-    normalize: bool = True,
-    rescale: Rescale = True,
+    normalize: bool,
+    rescale: Rescale,
     lambda_: float = 1.0,
+    elect: bool,
 ) -> Iterator[Values]:
-    """TIES' election and merge on d_i whose elements are kept with p = density - eps + 2 eps rank / (columns - 1).
+    """Task arithmetic, or TIES' election and merge, on d_i whose elements are kept with
+    p = density - eps + 2 eps rank / (columns - 1).
 
     Deep et al. 2024, arXiv 2406.11617: rank is that of the magnitude in its row, from 0. A row of one has p = density.
     """
-    yield from _della(inputs, weight, density, epsilon, normalize, rescale, lambda_, elect=True)
+    arrays = inputs.arrays
+    lone = inputs.columns < 2
+    lows = [d if lone else d - e for d, e in zip(density, epsilon, strict=True)]
+    steps = [0.0 if lone else 2 * e / (inputs.columns - 1) for e in epsilon]
 
+    def keep(piece: Piece, i: int) -> Any:
+        if density[i] == 1:
+            return None
+        if density[i] == 0:
+            return arrays.bernoulli(0, 0, piece.rows * piece.columns, 0.0)
+        ranks = arrays.ranks(piece.deltas[i], piece.rows, piece.columns)
+        return arrays.bernoulli_by_rank(inputs.key(i), piece.start, ranks, lows[i], steps[i])
 
-def della_linear(
-    inputs: Inputs,
-    *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    epsilon: Sequence[float],
-    normalize: bool = False,
-    rescale: Rescale = True,
-    lambda_: float = 1.0,
-) -> Iterator[Values]:
-    """Task arithmetic on what `della` keeps; arXiv 2406.11617."""
-    yield from _della(inputs, weight, density, epsilon, normalize, rescale, lambda_, elect=False)
+    def chances(piece: Piece, i: int) -> Values:
+        ranks = arrays.host(arrays.ranks(piece.deltas[i], piece.rows, piece.columns))
+        return arrays.device((lows[i] + ranks * steps[i]).astype(np.float32))
+
+    yield from _merge(
+        inputs,
+        lambda: keep,
+        weight=weight,
+        density=density,
+        normalize=normalize,
+        rescale=rescale,
+        lambda_=lambda_,
+        elect=elect,
+        row=inputs.columns,
+        chances=chances,
+    )
 
 
 def breadcrumbs(
@@ -159,29 +177,43 @@ def breadcrumbs(
     weight: Sequence[float],
     density: Sequence[float],
     gamma: Sequence[float],
-    normalize: bool = False,
-    rescale: Rescale = False,
+    normalize: bool,
+    rescale: Rescale,
     lambda_: float = 1.0,
+    elect: bool,
 ) -> Iterator[Values]:
-    """Task arithmetic on d_i without its int(gamma n) largest magnitudes and with int(density n) of those below.
+    """Task arithmetic, or TIES' election, on d_i without its int(gamma n) largest magnitudes, and int(density n) below.
 
     Davari and Belilovsky 2024, arXiv 2312.06795. Where that is more than there are, fewer of the largest are dropped.
     """
-    yield from _breadcrumbs(inputs, weight, density, gamma, normalize, rescale, lambda_, elect=False)
+    n = inputs.size
+    targets = [int(each * n) for each in density]
+    # All that is not below; of those the largest go.
+    upper = [n if d == 1 else min(n, t + int(g * n)) for d, t, g in zip(density, targets, gamma, strict=True)]
+    outliers = [u - t for u, t in zip(upper, targets, strict=True)]
+    twice = inputs.cuts(lambda piece: [*piece.deltas, *piece.deltas], [*upper, *outliers])
 
+    def looks() -> Keep:
+        tops = [Top(inputs.arrays, each) for each in twice]
 
-def breadcrumbs_ties(
-    inputs: Inputs,
-    *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    gamma: Sequence[float],
-    normalize: bool = False,
-    rescale: Rescale = False,
-    lambda_: float = 1.0,
-) -> Iterator[Values]:
-    """TIES' election and merge on what `breadcrumbs` keeps; arXiv 2312.06795."""
-    yield from _breadcrumbs(inputs, weight, density, gamma, normalize, rescale, lambda_, elect=True)
+        def keep(piece: Piece, i: int) -> Any:
+            if density[i] == 1:
+                return None
+            delta = piece.deltas[i]
+            return tops[i].mask(delta) & ~tops[i + len(weight)].mask(delta)
+
+        return keep
+
+    yield from _merge(
+        inputs,
+        looks,
+        weight=weight,
+        density=density,
+        normalize=normalize,
+        rescale=rescale,
+        lambda_=lambda_,
+        elect=elect,
+    )
 
 
 def check_sum(parameters: Mapping[str, Any]) -> str | None:
@@ -288,112 +320,6 @@ def _target(size: int, density: float) -> int:
 def _among(inputs: Inputs, cuts: Sequence[Cut]) -> Keep:
     tops = [Top(inputs.arrays, each) for each in cuts]
     return lambda piece, i: None if cuts[i] == EVERYTHING else tops[i].mask(piece.deltas[i])
-
-
-def _dare(
-    inputs: Inputs,
-    weight: Sequence[float],
-    density: Sequence[float],
-    normalize: bool,
-    rescale: Rescale,
-    lambda_: float,
-    elect: bool,
-) -> Iterator[Values]:
-    def keep(piece: Piece, i: int) -> Any:
-        size = piece.rows * piece.columns
-        return None if density[i] == 1 else inputs.arrays.bernoulli(inputs.key(i), piece.start, size, density[i])
-
-    yield from _merge(
-        inputs,
-        lambda: keep,
-        weight=weight,
-        density=density,
-        normalize=normalize,
-        rescale=rescale,
-        lambda_=lambda_,
-        elect=elect,
-    )
-
-
-def _della(
-    inputs: Inputs,
-    weight: Sequence[float],
-    density: Sequence[float],
-    epsilon: Sequence[float],
-    normalize: bool,
-    rescale: Rescale,
-    lambda_: float,
-    elect: bool,
-) -> Iterator[Values]:
-    arrays = inputs.arrays
-    lone = inputs.columns < 2
-    lows = [d if lone else d - e for d, e in zip(density, epsilon, strict=True)]
-    steps = [0.0 if lone else 2 * e / (inputs.columns - 1) for e in epsilon]
-
-    def keep(piece: Piece, i: int) -> Any:
-        if density[i] == 1:
-            return None
-        if density[i] == 0:
-            return arrays.bernoulli(0, 0, piece.rows * piece.columns, 0.0)
-        ranks = arrays.ranks(piece.deltas[i], piece.rows, piece.columns)
-        return arrays.bernoulli_by_rank(inputs.key(i), piece.start, ranks, lows[i], steps[i])
-
-    def chances(piece: Piece, i: int) -> Values:
-        ranks = arrays.host(arrays.ranks(piece.deltas[i], piece.rows, piece.columns))
-        return arrays.device((lows[i] + ranks * steps[i]).astype(np.float32))
-
-    yield from _merge(
-        inputs,
-        lambda: keep,
-        weight=weight,
-        density=density,
-        normalize=normalize,
-        rescale=rescale,
-        lambda_=lambda_,
-        elect=elect,
-        row=inputs.columns,
-        chances=chances,
-    )
-
-
-def _breadcrumbs(
-    inputs: Inputs,
-    weight: Sequence[float],
-    density: Sequence[float],
-    gamma: Sequence[float],
-    normalize: bool,
-    rescale: Rescale,
-    lambda_: float,
-    elect: bool,
-) -> Iterator[Values]:
-    n = inputs.size
-    targets = [int(each * n) for each in density]
-    # All that is not below; of those the largest go.
-    upper = [n if d == 1 else min(n, t + int(g * n)) for d, t, g in zip(density, targets, gamma, strict=True)]
-    outliers = [u - t for u, t in zip(upper, targets, strict=True)]
-    twice = inputs.cuts(lambda piece: [*piece.deltas, *piece.deltas], [*upper, *outliers])
-
-    def looks() -> Keep:
-        tops = [Top(inputs.arrays, each) for each in twice]
-
-        def keep(piece: Piece, i: int) -> Any:
-            if density[i] == 1:
-                return None
-            delta = piece.deltas[i]
-            return tops[i].mask(delta) & ~tops[i + len(weight)].mask(delta)
-
-        return keep
-
-    yield from _merge(
-        inputs,
-        looks,
-        weight=weight,
-        density=density,
-        normalize=normalize,
-        rescale=rescale,
-        lambda_=lambda_,
-        elect=elect,
-    )
 
 
 def _counted(inputs: Inputs, within: Sequence[int | None]) -> np.ndarray[Any, np.dtype[np.int64]]:
