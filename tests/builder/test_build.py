@@ -132,7 +132,8 @@ def test_a_build_that_is_killed_goes_on_and_ends_with_the_same_bundle(
 def test_ctrl_c_stops_a_build_with_a_sentence_and_without_a_bundle(zoo_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "builder", "build", "--zoo", str(zoo_file)]
     command += ["--out", str(tmp_path / "bundle"), "--cache", str(tmp_path / "cache")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background shell ignores it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds) as process:
         while _results(tmp_path / "cache/journal.sqlite") < 5:
             assert process.poll() is None, "the build ended before it could be stopped"
             time.sleep(0.01)

@@ -1049,6 +1049,7 @@ def test_ctrl_c_ends_a_merge_with_a_sentence_and_leaves_nothing(family: Path, tm
     environment = {**os.environ, "MODELGLUE_CACHE": str(tmp_path / "cache")}
     with subprocess.Popen(
         [sys.executable, "-c", SLOW, recipe, tmp_path / "out"],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
