@@ -117,6 +117,39 @@ WIDE void row_dots(const float *a, const float *b, int64_t rows, int64_t columns
     }
 }
 
+/* Adds to sums[pair][column] the dot products of the columns of two inputs, row after row; pairs are indices of inputs.
+   Tile by tile: widened once for all pairs, and packed, since rows of a power of two would evict each other.
+   0 when there is no memory. */
+WIDE int column_dots(const float *const *inputs, int64_t inputs_count, const int64_t *pairs, int64_t pairs_count,
+                     int64_t rows, int64_t columns, double *sums) {
+    enum { HIGH = 16, ACROSS = 64 };
+    double(*tiles)[HIGH][ACROSS] = aligned_alloc(64, inputs_count * sizeof *tiles);
+    if (!tiles) return 0;
+    for (int64_t left = 0; left < columns; left += ACROSS) {
+        int64_t width = columns - left < ACROSS ? columns - left : ACROSS;
+        if (width < ACROSS) memset(tiles, 0, inputs_count * sizeof *tiles);
+        for (int64_t top = 0; top < rows; top += HIGH) {
+            int64_t height = rows - top < HIGH ? rows - top : HIGH;
+            for (int64_t m = 0; m < inputs_count; m++) {
+                const float *input = inputs[m] + top * columns + left;
+                for (int64_t row = 0; row < height; row++, input += columns)
+                    for (int64_t i = 0; i < width; i++) tiles[m][row][i] = input[i];
+            }
+            for (int64_t pair = 0; pair < pairs_count; pair++) {
+                double *out = sums + pair * columns + left, lanes[ACROSS] = {0};
+                double(*a)[ACROSS] = __builtin_assume_aligned(tiles[pairs[2 * pair]], 64);
+                double(*b)[ACROSS] = __builtin_assume_aligned(tiles[pairs[2 * pair + 1]], 64);
+                for (int64_t i = 0; i < width; i++) lanes[i] = out[i];
+                for (int64_t row = 0; row < height; row++)
+                    for (int i = 0; i < ACROSS; i++) lanes[i] += a[row][i] * b[row][i];
+                for (int64_t i = 0; i < width; i++) out[i] = lanes[i];
+            }
+        }
+    }
+    free(tiles);
+    return 1;
+}
+
 /* Sums of magnitudes of blocks, in fp64. */
 WIDE void magnitudes(const float *a, int64_t count, double *sums) {
     for (int64_t start = 0; start < count; start += BLOCK) {

@@ -149,6 +149,21 @@ def row_dots(a: Array, b: Array, rows: int) -> Doubles:
     return _row_sums((a.astype(np.float64) * b).reshape(rows, -1))
 
 
+def column_dots(inputs: Sequence[Array], pairs: NDArray[np.int64], sums: Doubles) -> None:
+    """Add to sums[P, C] the dot products of the columns of pairs[P, 2] of inputs, [R, C] each; row after row."""
+    columns = sums.shape[1]
+    rows = inputs[0].size // columns
+    if library := _compiled():
+        sizes = [ctypes.c_int64(size) for size in (len(inputs), len(pairs), rows, columns)]
+        if not library.column_dots(_many(inputs), sizes[0], _at(pairs), *sizes[1:], _at(sums)):
+            raise MemoryError
+        return
+    wide = [values.reshape(rows, columns).astype(np.float64) for values in inputs]
+    for total, (i, j) in zip(sums, pairs, strict=True):
+        for product in wide[i] * wide[j]:
+            total += product
+
+
 def magnitudes(a: Array, rows: int | None = None) -> Doubles:
     """Sums of magnitudes, [ceil(K / BLOCK)] of successive blocks, or [rows]."""
     if library := _compiled():

@@ -198,6 +198,28 @@ def test_the_environment_turns_the_c_kernels_off(monkeypatch: pytest.MonkeyPatch
     assert not kernels.is_compiled()
 
 
+@pytest.mark.parametrize("columns", [1, 2, 31, 63, 64, 65, 128, 200])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 50])
+def test_column_dots_are_added_row_after_row_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int
+) -> None:
+    inputs = [awkward(rows * columns, seed) for seed in range(3)]
+    pairs = np.array([[0, 0], [2, 1], [1, 2], [1, 1], [0, 2]])
+    start = np.random.default_rng(1).standard_normal((len(pairs), columns))
+    expected = start.copy()
+    for total, (i, j) in zip(expected, pairs, strict=True):
+        for row in range(rows):
+            at = slice(row * columns, (row + 1) * columns)
+            total += inputs[i][at].astype(np.float64) * inputs[j][at].astype(np.float64)
+
+    for engine in ("c", "numpy"):
+        monkeypatch.setenv("MODELGLUE_KERNELS", engine)
+        kernels._compiled.cache_clear()
+        sums = start.copy()
+        kernels.column_dots(inputs, pairs, sums)
+        assert sums.tobytes() == expected.tobytes()
+
+
 # Reading and writing
 
 
