@@ -48,6 +48,29 @@ def test_the_threshold_itself_is_alike_enough(how: Linkage) -> None:
 
 
 @pytest.mark.parametrize("how", ["components", "complete"])
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.7, 0.95, 0.99999, 1.0])
+def test_the_next_number_below_the_threshold_is_not_alike_enough(how: Linkage, threshold: float) -> None:
+    below, far = np.nextafter(threshold, 0), {a + b: -0.5 for a, b in itertools.combinations(NAMES, 2)}
+
+    assert grouped(matrix({**far, "de": threshold}), how, threshold) == ["a", "b", "c", "de"]
+    assert grouped(matrix({**far, "de": below}), how, threshold) == ["a", "b", "c", "d", "e"]
+
+
+def test_both_linkages_are_what_their_definitions_say() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        likeness = matrix({a + b: rng.integers(0, 5) / 4 for a, b in itertools.combinations(NAMES, 2)})
+        alike = likeness >= 0.75
+        reached = np.linalg.matrix_power(alike.astype(int), len(NAMES)) > 0
+        component = {"".join(n for n, there in zip(NAMES, row, strict=True) if there) for row in reached}
+        assert set(grouped(likeness, "components", 0.75)) == component
+        complete = [[NAMES.index(name) for name in group] for group in grouped(likeness, "complete", 0.75)]
+        assert all(alike[np.ix_(group, group)].all() for group in complete)
+        # And no two clusters could be one.
+        assert not any(alike[np.ix_(a + b, a + b)].all() for a, b in itertools.combinations(complete, 2))
+
+
+@pytest.mark.parametrize("how", ["components", "complete"])
 @pytest.mark.parametrize("likeness", [CHAIN, TIES, matrix({})])
 def test_the_order_of_the_models_changes_nothing_but_the_order(how: Linkage, likeness: Matrix) -> None:
     expected = {frozenset(cluster) for cluster in clusters(NAMES, likeness, 0.95, how)}
