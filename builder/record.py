@@ -16,11 +16,16 @@ class ModelRecord(Strict):
 
 
 class FamilyRecord(Strict):
-    """Models that could be merged, and how alike they are: `all`, `attention`, `mlp` are matrices in their order."""
+    """Models that could be merged, and how alike they are, as matrices in their order.
+
+    similarity: `all`, and `attention` and `mlp` where the tensors' names tell.
+    dots: of the models as vectors of all these weights.
+    """
 
     key: str
     models: tuple[str, ...]
     similarity: dict[str, tuple[tuple[float, ...], ...]]
+    dots: tuple[tuple[float, ...], ...]
 
 
 class TrialRecord(Strict):
