@@ -1,9 +1,9 @@
-"""Scores a causal LM on items by log-likelihood; the model's weights can be rewritten in place."""
+"""Answers requests with a causal LM; the model's weights can be rewritten in place between two calls."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from builder.checkpoints import Array
 from builder.errors import CheckpointError
+from builder.proxy import greedy, packed, padded
+from builder.proxy.encoding import Encoder, Row
 from builder.proxy.items import Item
+from builder.proxy.requests import Answer, Choices, Generation, Likelihood, Request, Rolling
+from builder.proxy.stops import Stops
 
-BATCH_TOKENS = 2048
+DEFAULT_LENGTH = 2048
+LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
+"""What configurations call the longest input."""
+NOTHING = Likelihood(0.0, 0, True)
+"""The likelihood of no tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,29 +38,52 @@ class Score:
     log_likelihood: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One choice as tokens; those from `start` on are scored."""
-
-    item: int
-    choice: int
-    ids: list[int]
-    start: int
-
-
 class Scorer:
-    """A model folder, loaded in `dtype`, ready to score."""
+    """A model folder, loaded in `dtype` on `device`, ready to answer; its tokenizer may be another folder's.
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> None:
+    Nothing that depends on the weights is kept from one call to the next.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+        tokenizer: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         logging.disable_progress_bar()  # our own bars tell more
         options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer or folder, **options)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or fast_dtype(), **options)
         except (OSError, ValueError, RuntimeError) as exc:
             raise CheckpointError(f"{folder} cannot be loaded: {exc}") from exc
         self._model: Any = model.to(self._device).eval()
+        self._encoder = Encoder(self._tokenizer, self.max_length)
+        self._stops = Stops(self._model, self._tokenizer)
+        self._limit: int | None = None  # how long a path may be to be packed, once that is known
+
+    @property
+    def model(self) -> Any:
+        """The torch module; its weights may be rewritten between two calls."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens the model reads at most."""
+        config = self._model.config.get_text_config()
+        stated = [getattr(config, name, None) for name in LENGTHS]
+        limit = self._tokenizer.model_max_length
+        # A tokenizer without a limit states an enormous number.
+        return next((int(each) for each in stated if each), int(limit) if limit < 1e9 else DEFAULT_LENGTH)
 
     def rewrite(self, tensors: Iterator[tuple[str, Array]]) -> None:
         """Put other weights of the same architecture in place, each rounded once to the model's dtype."""
@@ -69,47 +100,59 @@ class Scorer:
         if left:
             raise CheckpointError(f"{left[0]} was not among the weights: the model would keep another's")
 
+    def answer(self, requests: Sequence[Request], done: Callable[[int], None] = lambda _: None) -> list[Answer]:
+        """An answer a request, in order; `done` hears how many more requests are finished."""
+        answers: dict[int, Answer] = {}
+        for i, answer in self._likelihoods([(i, r) for i, r in enumerate(requests) if not isinstance(r, Generation)]):
+            answers[i] = answer
+            done(1)
+        for i, text in self._texts([(i, r) for i, r in enumerate(requests) if isinstance(r, Generation)]):
+            answers[i] = text
+            done(1)
+        return [answers[i] for i in range(len(requests))]
+
     def score(self, items: Sequence[Item], done: Callable[[int], None] = lambda _: None) -> list[Score]:
-        """One score an item, in order; `done` hears how many rows each batch held."""
-        rows = [row for i, item in enumerate(items) for row in self._rows(i, item)]
-        sums: dict[tuple[int, int], float] = {}
-        for batch in _batches(rows):
-            for row, total in zip(batch, self._log_likelihoods(batch), strict=True):
-                sums[row.item, row.choice] = total
-            done(len(batch))
-        lengths = {(row.item, row.choice): len(row.ids) - row.start for row in rows}
-        return [
-            _score(item, [sums[i, c] for c in range(len(item.choices))], lengths[i, item.label])
-            for i, item in enumerate(items)
+        """One score an item, in order; `done` hears how many choices are finished."""
+        answers = self.answer([Choices(item.prompt, item.choices) for item in items])
+        done(sum(len(item.choices) for item in items))
+        return [_score(item, answer) for item, answer in zip(items, answers, strict=True)]
+
+    def _likelihoods(self, requests: Sequence[tuple[int, Choices | Rolling]]) -> Iterator[tuple[int, Answer]]:
+        """The answers to all but generations, by their index, as soon as their last row is known."""
+        rows = self._encoder.rows([request for _, request in requests])
+        parts = [[NOTHING] * len(each) for each in rows]
+        places = [
+            (n, p, row) for n, each in enumerate(rows) for p, row in enumerate(each) if row.start < len(row.tokens)
         ]
+        left = Counter(n for n, _, _ in places)
+        yield from ((i, _whole(request, parts[n])) for n, (i, request) in enumerate(requests) if not left[n])
+        for place, likelihood in self._rows([row for _, _, row in places]):
+            n, p, _ = places[place]
+            parts[n][p] = likelihood
+            left[n] -= 1
+            if not left[n]:
+                i, request = requests[n]
+                yield i, _whole(request, parts[n])
 
-    def _rows(self, i: int, item: Item) -> list[_Row]:
-        prompt = self._tokenizer(item.prompt).input_ids if item.prompt else []
-        rows = []
-        for c, choice in enumerate(item.choices):
-            ids = self._tokenizer(item.prompt + choice).input_ids
-            # A token may span the border; what both have in common is the prompt. At least one token must come before.
-            shared = sum(
-                1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))
-            )
-            rows.append(_Row(i, c, ids, max(shared, 1)))
-        return rows
+    def _rows(self, rows: Sequence[Row]) -> Iterator[tuple[int, Likelihood]]:
+        if self._packs(len(row.tokens) for row in rows):
+            return packed.likelihoods(self._model, rows)
+        return padded.likelihoods(self._model, rows)
 
-    @torch.inference_mode()
-    def _log_likelihoods(self, batch: Sequence[_Row]) -> list[float]:
-        """Summed log-likelihood of each row's scored tokens; rows are padded on the right, where nothing attends."""
-        width = max(len(row.ids) for row in batch)
-        first = min(row.start for row in batch) - 1
-        ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in batch], device=self._device)
-        mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in batch], device=self._device)
-        logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=width - first).logits
-        totals = []
-        for row, row_logits in zip(batch, logits, strict=True):
-            targets = torch.tensor(row.ids[row.start :], device=self._device)
-            picked = row_logits[row.start - 1 - first : len(row.ids) - 1 - first].float()
-            chosen = picked.gather(1, targets[:, None]).squeeze(1)
-            totals.append(float((chosen - picked.logsumexp(dim=1)).double().sum()))
-        return totals
+    def _texts(self, requests: Sequence[tuple[int, Generation]]) -> Iterator[tuple[int, str]]:
+        """The generated texts, by their request's index, as soon as each has come to its end."""
+        prompts = self._encoder.prompts([request for _, request in requests])
+        packs = self._packs(len(prompt.tokens) + prompt.max_tokens for prompt in prompts)
+        write = greedy.answers if packs else padded.answers
+        for n, tokens in write(self._model, self._stops, prompts):
+            yield requests[n][0], self._stops.text(prompts[n], tokens)
+
+    def _packs(self, lengths: Iterable[int]) -> bool:
+        """Whether so long paths can be packed: the model is tried on first use."""
+        longest = max(lengths, default=0)
+        if self._limit is None:
+            self._limit = packed.fits(self._model)
+        return longest <= self._limit
 
 
 def fast_dtype() -> torch.dtype:
@@ -120,18 +163,16 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _batches(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """Rows of similar length together, so that little is padding; longest first."""
-    batch: list[_Row] = []
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def _whole(request: Choices | Rolling, parts: Sequence[Likelihood]) -> Answer:
+    """The answer to a request from those of its rows: a rolling text's windows add up."""
+    if isinstance(request, Choices):
+        return tuple(parts)
+    nats, tokens = sum(part.nats for part in parts), sum(part.tokens for part in parts)
+    return Likelihood(nats, tokens, all(part.greedy for part in parts))
 
 
-def _score(item: Item, sums: Sequence[float], tokens: int) -> Score:
-    best = max(range(len(sums)), key=lambda c: sums[c])
-    return Score(float(best == item.label), sums[item.label] / tokens)
+def _score(item: Item, answer: Answer) -> Score:
+    assert isinstance(answer, tuple)
+    best = max(range(len(answer)), key=lambda c: answer[c].nats)
+    right = answer[item.label]
+    return Score(float(best == item.label), right.nats / right.tokens)
