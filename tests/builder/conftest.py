@@ -28,6 +28,21 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     return call
 
 
+@pytest.fixture(scope="session")
+def mini_which16_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The zoo file of a toy Which16; its models and bases are folders beside it. No test changes them."""
+    import mini_which16
+
+    return mini_which16.make(tmp_path_factory.mktemp("mini_which16"))
+
+
+@pytest.fixture
+def own_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Code of models is copied to a place of the test's, not to the user's cache."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
 @pytest.fixture
 def empty_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The hub that huggingface_hub talks to, with nobody logged in."""
