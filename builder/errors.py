@@ -23,3 +23,7 @@ class MergeError(ModelGlueError):
 
 class BuildError(ModelGlueError):
     """A build that cannot go on or must not start."""
+
+
+class SandboxError(ModelGlueError):
+    """Programs that cannot be run: no safe way to do it here, or their language is not installed."""
