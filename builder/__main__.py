@@ -14,18 +14,21 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from builder import cluster_command
 from builder.files import default_cache
 from builder.merge import command
+from builder.proxy import command as scoring
+from builder.search import command as searching
+from builder.show import print_plan, print_table, table
 from routers.errors import ModelGlueError
 
 # What a command needs is imported when it runs: a merge of small models takes less than the imports of a build.
 if TYPE_CHECKING:
     from builder.config import Zoo
-    from builder.plan import Plan
     from builder.sources import Store
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -44,6 +47,12 @@ def build(
     zoo: ZooName,
     out: Annotated[Path | None, typer.Option(help="The bundle's folder [bundles/ZOO].")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be done, and stop.")] = False,
+    executor: searching.ExecutorName = "local",
+    devices: searching.Devices = None,
+    ray_address: searching.RayAddress = None,
+    storage: searching.Storage = None,
+    retry: searching.Retry = False,
+    unsafe_code: searching.UnsafeCode = False,
     models_dir: ModelsDir = None,
     cache: Cache = None,
 ) -> None:
@@ -57,10 +66,11 @@ def build(
     store = _store(loaded, cache, models_dir)
     todo = planned(loaded, store)
     if plan:
-        _print_plan(todo)
+        print_plan(todo)
         return
     out = out or Path("bundles") / loaded.name
-    if pipeline.build(loaded, out, store, Terminal()):
+    workers = searching.executor_of(executor, devices, ray_address, unsafe_code)
+    if pipeline.build(loaded, out, store, Terminal(), executor=workers, storage=storage, retry=retry):
         print(f"{out} is built; serve it: service --bundle {out}")
     else:
         print(f"{out} is up to date")
@@ -68,6 +78,9 @@ def build(
 
 app.command()(command.merge)
 app.command()(command.stats)
+app.command()(cluster_command.cluster)
+app.command()(searching.search)
+app.command(name="eval")(scoring.evaluate)
 
 
 @app.command()
@@ -120,11 +133,11 @@ def zoo_list() -> None:
     """The zoos that ship."""
     from builder.config import load_zoo, zoo_names
 
-    table = _table("zoo", "models", "what")
+    shown = table("zoo", "models", "what")
     for name in zoo_names():
         loaded = load_zoo(name)
-        table.add_row(name, str(len(loaded.models)), loaded.note)
-    _print_table(table)
+        shown.add_row(name, str(len(loaded.models)), loaded.note)
+    print_table(shown)
 
 
 @zoo_app.command("show")
@@ -134,12 +147,12 @@ def zoo_show(name: str, models_dir: ModelsDir = None, cache: Cache = None) -> No
 
     loaded = load_zoo(name)
     store = _store(loaded, cache, models_dir)
-    table = _table("model", "source", "revision", "subject", "here", "note")
+    shown = table("model", "source", "revision", "subject", "here", "note")
     for model in loaded.models:
         source = model.source or f"{model.base} + {model.adapter}"
         here = "yes" if store.locate(model.id) else "no"
-        table.add_row(model.id, source, model.revision or "", model.subject, here, model.note)
-    _print_table(table)
+        shown.add_row(model.id, source, model.revision or "", model.subject, here, model.note)
+    print_table(shown)
 
 
 @zoo_app.command("fetch")
@@ -175,37 +188,6 @@ def _store(zoo: Zoo, cache: Path | None, models_dir: Path | None) -> Store:
     from builder.sources import Store
 
     return Store(zoo, cache or default_cache(), models_dir)
-
-
-def _print_plan(plan: Plan) -> None:
-    table = _table("model", "source", "family", "GB", "here")
-    for model in plan.models:
-        size = "unknown" if model.bytes is None else f"{model.bytes / 1e9:.2f}"
-        table.add_row(model.id, model.source, model.family, size, "yes" if model.here else "no")
-    _print_table(table)
-    families = "; ".join(f"{key}: {len(members)}" for key, members in plan.families.items())
-    lines = [
-        f"families: {families}",
-        f"disk: {_gigabytes(plan.disk)} for models and bundle; memory: {_gigabytes(plan.memory)} at most",
-        *(f"{i}. {step}" for i, step in enumerate(plan.steps, 1)),
-    ]
-    print("\n".join(lines))
-
-
-def _table(*columns: str) -> Any:
-    from rich.table import Column, Table
-
-    return Table(*(Column(name, overflow="fold") if name == "source" else name for name in columns))
-
-
-def _print_table(table: Any) -> None:
-    from rich.console import Console
-
-    Console().print(table)
-
-
-def _gigabytes(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / 1e9:.1f} GB"
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from builder.errors import ZooError
+from builder.merge import METHODS
 from builder.zoos.tiny.corpus import DOMAINS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -20,6 +21,11 @@ Split = Literal["proxy", "routing", "test"]
 B = TypeVar("B", bound="Base")
 
 
+PRESETS: dict[str, tuple[str, ...]] = {
+    "paper": ("tinyMMLU", "tinyWinogrande", "tinyArc", "tinyGSM8k", "mbpp_validation", "humanevalpack_js"),
+    "demo": ("demo/math", "demo/code", "demo/story", "demo/chat"),
+}
+"""Tasks by one name; the paper's six are those of PAPER.md 4."""
 RESERVED = ("auto",)
 """Names that mean something else to a client."""
 SUFFIXES = (".partial", ".made-of")
@@ -78,23 +84,94 @@ class Cluster(Strict):
     linkage: Literal["components", "complete"] = "components"
 
 
-class Search(Strict):
-    """How members and coefficients of a cluster's merge are found (PAPER.md 4)."""
+def task_names(said: Any) -> Any:
+    """The names behind a preset, or behind names and presets in a list."""
+    names = [said] if isinstance(said, str) else said
+    if not isinstance(names, list | tuple):
+        return said
+    return tuple(task for name in names for task in (PRESETS.get(name, (name,)) if isinstance(name, str) else (name,)))
 
-    strategy: Literal["average"] = "average"
-    method: Literal["linear"] = "linear"
+
+Strategy = Literal["average", "coefficient", "similarity", "evolution", "heuristic+evolution", "auto"]
+Range = tuple[float, float]
+
+
+class Search(Strict):
+    """How members and coefficients of a cluster's merge are found (PAPER.md 4).
+
+    method: what evolution merges by; the heuristics merge linearly. similar: which way the similarity strategy looks.
+    trials: evolution's budget. groups: of adjacent layers with coefficients of their own, beside one set for what is
+    outside of the layers; 0 is one set for everything. constraint: of evolution's weights, whether they are divided by
+    their sum. ranges: what evolution searches beside the weights, and the bounds; a method's density and t by default.
+    accept: `paper` takes a merge that scores no less; `paired` one whose gain a one-sided paired bootstrap over the
+    samples puts above zero at `level`. failures: so many failed trials in a row end a search.
+    """
+
+    strategy: Strategy = "average"
+    method: str = "linear"
+    similar: Literal["most", "least"] = "most"
+    trials: int = Field(default=200, gt=0)
+    groups: int = Field(default=0, ge=0)
+    constraint: Literal["normalise", "raw"] = "normalise"
+    ranges: dict[str, Range] = {}
+    accept: Literal["paper", "paired"] = "paper"
+    level: float = Field(default=0.05, gt=0, lt=1)
+    failures: int = Field(default=5, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.method not in METHODS:
+            raise ValueError(f"no method {self.method!r}{_nearest(self.method, list(METHODS))}")
+        if self.strategy not in ("evolution", "heuristic+evolution", "auto") and self.method != "linear":
+            raise ValueError(f"{self.strategy} merges linearly: for {self.method} the strategy is evolution")
+        numbers = [key for key, each in METHODS[self.method].parameters.items() if each.kind == "number"]
+        for key, (low, high) in self.ranges.items():
+            if key not in numbers:
+                raise ValueError(f"{self.method} has no number {key!r} to search; it has: {', '.join(numbers)}")
+            if not low < high:
+                raise ValueError(f"ranges.{key} must rise, not go from {low:g} to {high:g}")
+        return self
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether merges are of task vectors, from the models' base."""
+        return METHODS[self.method].base == "required" and METHODS[self.method].most != 1
 
 
 class Proxy(Strict):
-    """What a candidate is scored on: the mean over tasks of the items' mean metric.
+    """What a candidate is scored on: the mean over tasks of the samples' mean metric.
 
-    accuracy: 1 where the right choice has the highest log-likelihood.
+    tasks: a preset (`paper`, `demo`), or names: our own sets, tasks of lm-evaluation-harness, YAML files of its kind.
+    accuracy: the task's own metric: right or wrong, solved or not.
     log_likelihood: nats a token of the right choice, negative, -log of its perplexity; few items tell models apart.
+    limit: samples of a task. fewshot: examples before every question instead of the task's own number.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
     metric: Literal["accuracy", "log_likelihood"] = "accuracy"
     limit: int = Field(default=16, gt=0)
+    fewshot: int | None = Field(default=None, ge=0)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names(cls, said: Any) -> Any:
+        return task_names(said)
+
+
+class Test(Strict):
+    """What a finished bundle is proved on, once: tasks that share no question with the proxy.
+
+    Without it the third of every proxy task that neither the search nor the router saw is the test.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    limit: int | None = Field(default=None, gt=0)
+    fewshot: int | None = Field(default=None, ge=0)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names(cls, said: Any) -> Any:
+        return task_names(said)
 
 
 class Routing(Strict):
@@ -122,6 +199,7 @@ class Zoo(Strict):
     cluster: Cluster = Cluster()
     search: Search = Search()
     proxy: Proxy
+    test: Test | None = None
     router: Routing
 
     @model_validator(mode="after")
@@ -179,6 +257,22 @@ def load_zoo(name_or_path: str) -> Zoo:
     return _resolved(zoo, folder)
 
 
+def with_choices(zoo: Zoo, *, search: Mapping[str, Any], proxy: Mapping[str, Any], seed: int | None = None) -> Zoo:
+    """The zoo with other choices; those that are None stay. Raises ZooError."""
+    said: dict[str, Any] = {} if seed is None else {"seed": seed}
+    parts: tuple[tuple[str, Strict, Mapping[str, Any]], ...] = (
+        ("search", zoo.search, search),
+        ("proxy", zoo.proxy, proxy),
+    )
+    for name, part, choices in parts:
+        chosen = {key: value for key, value in choices.items() if value is not None}
+        try:
+            said[name] = type(part).model_validate({**part.model_dump(), **chosen})
+        except ValidationError as exc:
+            raise ZooError("\n".join(f"{name}.{_sentence(error)}" for error in exc.errors())) from exc
+    return _resolved(zoo.model_copy(update=said), Path.cwd())
+
+
 def _shipped() -> list[Any]:
     return list(resources.files("builder.zoos").iterdir())
 
@@ -198,7 +292,17 @@ def _resolved(zoo: Zoo, folder: Path) -> Zoo:
             "parameters": model.parameters or (base and base.parameters),
         }
         models.append(placed.model_copy(update=facts))
-    return zoo.model_copy(update={"bases": tuple(bases.values()), "models": tuple(models)})
+    said: dict[str, Any] = {"bases": tuple(bases.values()), "models": tuple(models)}
+    for part in ("proxy", "test"):
+        if (asked := getattr(zoo, part)) is not None:
+            tasks = tuple(_absolute(task, folder) if is_task_file(task) else task for task in asked.tasks)
+            said[part] = asked.model_copy(update={"tasks": tasks})
+    return zoo.model_copy(update=said)
+
+
+def is_task_file(task: str) -> bool:
+    """Whether a task is a YAML file of lm-evaluation-harness's kind, not a name."""
+    return task.endswith((".yaml", ".yml"))
 
 
 def _placed(entry: B, zoo: Zoo, folder: Path) -> B:
@@ -230,6 +334,7 @@ def _fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
         "cluster": Cluster,
         "search": Search,
         "proxy": Proxy,
+        "test": Test,
         "router": Routing,
     }
     return list((sections[str(loc[0])] if loc else model).model_fields)

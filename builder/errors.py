@@ -25,5 +25,9 @@ class BuildError(ModelGlueError):
     """A build that cannot go on or must not start."""
 
 
+class SearchError(ModelGlueError):
+    """A search that cannot go on: too many trials failed, or a model cannot be scored."""
+
+
 class SandboxError(ModelGlueError):
     """Programs that cannot be run: no safe way to do it here, or their language is not installed."""

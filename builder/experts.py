@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from builder import files
 from builder.architecture import context_window
+from builder.candidate import Candidate
 from builder.checkpoints import read_config, weight_files
 from builder.config import Base, Model
 from builder.members import Members
 from builder.merge import folder as model_folder
-from builder.merge import simple, stream
-from builder.search.average import Weights
+from builder.merge import stream
 from builder.sources import is_local
 from routers import bundle
 from routers.bundle import Expert, Source
 
 
-def write(folder: Path, method: str, weights: Weights, members: Members) -> None:
-    """Write the merge of `weights` as the model folder `folder`; nothing to do when a killed build finished it."""
-    made_of = json.dumps([method, [[members[name].sha256, weight] for name, weight in weights.items()]])
+def write(folder: Path, candidate: Candidate, members: Members) -> None:
+    """Write a candidate as the model folder `folder`; nothing to do when a killed build finished it."""
+    made_of = json.dumps([candidate.key, [members[name].sha256 for name in candidate.references]])
     note = folder.with_name(f"{folder.name}.made-of")
     if folder.exists() and note.exists() and note.read_text("utf-8") == made_of:
         return
     files.remove(folder)
-    if len(weights) > 1:
-        plan = simple.of_members(method, weights, {name: members[name].folder for name in weights})
-        stream.write(plan, folder)
+    if candidate.said:
+        stream.write(candidate.plan({name: members[name].folder for name in candidate.references}), folder)
     else:
-        _copy(members[next(iter(weights))].folder, folder)
+        _copy(members[candidate.members[0]].folder, folder)
     note.write_text(made_of, "utf-8")
 
 
-def keep_only(folder: Path, names: Mapping[str, Weights]) -> None:
+def keep_only(folder: Path, names: Collection[str]) -> None:
     """Remove what a killed build with other choices left beside the experts."""
     for path in folder.iterdir():
         if path.is_dir() and path.name not in names:
@@ -45,8 +44,7 @@ def keep_only(folder: Path, names: Mapping[str, Weights]) -> None:
 
 def entry(
     folder: Path,
-    method: str,
-    weights: Weights,
+    candidate: Candidate,
     members: Members,
     subjects: tuple[str, ...],
     scores: Mapping[str, float],
@@ -60,11 +58,11 @@ def entry(
             weights=members[name].weights,
             coefficient=weight,
         )
-        for name, weight in weights.items()
+        for name, weight in candidate.weights.items()
     )
     return Expert(
         name=folder.name,
-        method=method if len(weights) > 1 else "copy",
+        method=candidate.method,
         sources=sources,
         subjects=subjects,
         scores=dict(scores),

@@ -51,6 +51,14 @@ def free(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def available_memory() -> int:
+    """Bytes of memory that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def sync(path: Path) -> None:
     """Bring a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from builder import files
+from builder.candidate import Candidate, Weights
 from builder.checkpoints import Checkpoint
 from builder.config import Zoo
 from builder.errors import BuildError
+from builder.evaluate import Evaluator
 from builder.members import Members
-from builder.proxy.evaluate import Evaluator
 from builder.record import RoutedRecord
-from builder.search.average import Weights
 from routers import bundle
 from routers.base import Policy, Router
 from routers.features import TokenEmbeddings
@@ -75,17 +75,17 @@ def fit(zoo: Zoo, by_expert: Mapping[str, Sequence[str]], space: TokenEmbeddings
     return LinearRouter.from_vectors(by_expert, vectors)
 
 
-def publish(zoo: Zoo, experts: Mapping[str, Weights], members: Members, evaluator: Evaluator, out: Path) -> Routing:
+def publish(zoo: Zoo, experts: Mapping[str, Candidate], members: Members, evaluator: Evaluator, out: Path) -> Routing:
     """Fit the zoo's router for `experts`, prove it on the routing split, and write its files into `out`."""
     default = max(experts, key=lambda name: evaluator.mean(experts[name]))
-    by_expert = subjects(zoo, experts, default)
+    by_expert = subjects(zoo, {name: each.weights for name, each in experts.items()}, default)
     model = members[zoo.router.features].folder
     _write_tokenizer(model, out / bundle.TOKENIZER)
     texts = [prompt for prompts in zoo.subjects.values() for prompt in prompts]
     space = features(model, Tokenizer.from_file(str(out / bundle.TOKENIZER)), texts)
     fitted = PromptRouter(space, fit(zoo, by_expert, space), Policy(default, min(zoo.router.k, len(experts))))
     items = evaluator.items("routing")
-    scores_NE = np.stack([evaluator.scores(weights, "routing") for weights in experts.values()], axis=1)
+    scores_NE = np.stack([evaluator.scores(each, "routing") for each in experts.values()], axis=1)
     router, card, note = prove(fitted, [item.prompt for _, item in items], scores_NE, zoo.seed)
     bundle.save_router(out, router, space)
     published = PromptRouter(space, router, fitted.policy)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from builder import files
 from builder.architecture import family_key
 from builder.checkpoints import Checkpoint
 from builder.config import Model, Zoo
-from builder.proxy.tasks import TASKS
+from builder.explore import budget
 from builder.sources import Store
 
 BYTES_PER_PARAMETER = 2
@@ -45,7 +47,7 @@ def plan(zoo: Zoo, store: Store) -> Plan:
     families: dict[str, list[str]] = {}
     for model in models:
         families.setdefault(model.family, []).append(model.id)
-    trials = sum(len(members) - 1 for members in families.values())
+    trials = sum(budget(zoo, len(members)) for members in families.values())
     sizes = [model.bytes for model in models]
     known = [size for size in sizes if size is not None]
     experts = len(families) if zoo.experts == "cluster" else min(zoo.experts, len(models) + len(families))
@@ -57,7 +59,7 @@ def plan(zoo: Zoo, store: Store) -> Plan:
         disk=sum(known) + experts * max(known) if complete else None,
         memory=FP32 * max(known) + 1_000_000_000 if complete else None,
         trials=trials,
-        steps=_steps(zoo, store, trials),
+        steps=_steps(zoo, store, trials, _largest(models, families) if complete else None),
     )
 
 
@@ -71,17 +73,32 @@ def _planned(model: Model, store: Store) -> PlannedModel:
     return PlannedModel(model.id, source, False, model.family or f"unknown ({model.id})", size)
 
 
-def _steps(zoo: Zoo, store: Store, trials: int) -> tuple[str, ...]:
+def _largest(models: Sequence[PlannedModel], families: Mapping[str, Sequence[str]]) -> int:
+    """Bytes of the family with most of them."""
+    return max(sum(model.bytes or 0 for model in models if model.id in names) for names in families.values())
+
+
+def _held(size: int | None) -> str:
+    """Whether the members of a search stay in memory between its trials."""
+    if size is None:
+        return "members are mapped once"
+    free = files.available_memory()
+    if size < free:
+        return f"members ({size / 1e9:.1f} GB) are mapped once and fit in memory"
+    return (
+        f"members ({size / 1e9:.1f} GB) do not fit in {free / 1e9:.1f} GB of memory: every trial streams them from disk"
+    )
+
+
+def _steps(zoo: Zoo, store: Store, trials: int, members: int | None) -> tuple[str, ...]:
     missing = [name for name in store.needed() if store.locate(name) is None]
-    unscored = [task for task in zoo.proxy.tasks if task not in TASKS]
     kept = "one expert a cluster" if zoo.experts == "cluster" else f"up to {zoo.experts} experts, greedily"
     return (
         f"fetch {len(missing)} models" if missing else "all models are here",
         "families from configs and headers",
         f"similarity in one pass; clusters at {zoo.cluster.threshold}, {zoo.cluster.linkage}",
-        f"score {len(zoo.models)} models on {len(zoo.proxy.tasks)} tasks, {zoo.proxy.metric}"
-        + (f" (not in this release: {', '.join(unscored)})" if unscored else ""),
-        f"search by {zoo.search.strategy} with {zoo.search.method} merges: at most {trials} trials",
+        f"score {len(zoo.models)} models by {zoo.proxy.metric} on {', '.join(zoo.proxy.tasks)}",
+        f"search by {zoo.search.strategy} with {zoo.search.method} merges: at most {trials} trials; {_held(members)}",
         f"keep {kept}",
         f"score the experts on the routing set, fit the {zoo.router.kind} router, k = {zoo.router.k}",
         "write the bundle",

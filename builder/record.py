@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from routers.bundle import Strict
 
 
@@ -28,22 +30,52 @@ class FamilyRecord(Strict):
     dots: tuple[tuple[float, ...], ...]
 
 
-class TrialRecord(Strict):
-    """A candidate merge that was scored."""
+class Estimate(Strict):
+    """A mean over samples, with its 95 % bootstrap interval."""
 
+    mean: float
+    low: float
+    high: float
+
+
+class TrialRecord(Strict):
+    """A candidate merge that was tried; `gain` is over the best single model, paired by samples; None where it failed.
+
+    said: its recipe in mergekit's schema.
+    """
+
+    strategy: str
     tried: str
     weights: dict[str, float]
-    score: float
+    said: dict[str, Any]
+    score: Estimate | None
+    gain: Estimate | None
+    tasks: dict[str, float]
+    failure: str | None
     accepted: bool
 
 
+class ScoredRecord(Strict):
+    """A model that others are held against: its score, by task too."""
+
+    name: str
+    score: Estimate
+    tasks: dict[str, Estimate]
+
+
 class ClusterRecord(Strict):
-    """Models that were merged, or one alone; weights are those of the merge that was kept."""
+    """Models that were merged, or one alone; weights and recipe are those of the merge that was kept.
+
+    standings: the best single model, the uniform soup and the merge, on the proxy.
+    """
 
     models: tuple[str, ...]
+    method: str
     weights: dict[str, float]
+    said: dict[str, Any]
     score: float
     trials: tuple[TrialRecord, ...]
+    standings: tuple[ScoredRecord, ...]
 
 
 class CandidateRecord(Strict):
@@ -64,15 +96,25 @@ class RoutedRecord(Strict):
     scores: dict[str, float]
 
 
-class Record(Strict):
-    """Everything but the weights."""
+class SearchRecord(Strict):
+    """What a search measured and decided; `samples` is how many every score is a mean of."""
 
     zoo: str
+    seed: int
     metric: str
     threshold: float
+    linkage: str
+    search: dict[str, Any]
+    tasks: tuple[str, ...]
+    samples: int
     models: tuple[ModelRecord, ...]
     families: tuple[FamilyRecord, ...]
     clusters: tuple[ClusterRecord, ...]
+
+
+class Record(SearchRecord):
+    """Everything of a build but the weights."""
+
     candidates: tuple[CandidateRecord, ...]
     routing: tuple[RoutedRecord, ...]
     router_note: str

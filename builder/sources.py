@@ -62,8 +62,9 @@ class Store:
         return Fetched(name, folder, None) if (folder / "config.json").exists() else None
 
     def needed(self) -> list[str]:
-        """Models of the zoo, and the bases that its adapters and features need, bases first."""
+        """Models of the zoo, and the bases that its adapters, features and task vectors need, bases first."""
         wanted = {self.zoo.router.features} | {m.base for m in self.zoo.models if m.adapter and m.base}
+        wanted |= {m.base for m in self.zoo.models if m.base} if self.zoo.search.needs_base else set()
         wanted |= {"base"} if any(entry.source.startswith("tiny:") for entry in self.zoo.models) else set()
         return [b.id for b in self.zoo.bases if b.id in wanted] + [m.id for m in self.zoo.models]
 

@@ -134,6 +134,13 @@ def finder(said: Recipe, cache: Path, models_dir: Path | None, progress: Progres
     return find
 
 
+def locate(name: str, cache: Path, models_dir: Path | None, progress: Progress | None) -> Path:
+    """The folder of one model: a folder first, then one of `models_dir`, then the hub's. Raises SourceError."""
+    found = resolve(name, Path())
+    here = _here(found.model, models_dir)
+    return here or _fetched([(found.model, found.revision)], cache, progress)[found.model, found.revision]
+
+
 def _here(name: str, models_dir: Path | None) -> Path | None:
     """A folder of that name on this machine."""
     names = dict.fromkeys((name, name.replace("/", "--"), name.rpartition("/")[2]))

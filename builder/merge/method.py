@@ -80,6 +80,7 @@ class Method:
         tokenizer only, and is merged only where the recipe lists it among the models.
     least, most: how many inputs there must be beside the base.
     check: a sentence on what is wrong with one tensor's parameters, or None; asked before any weight is read.
+    random: whether it draws random numbers, and a recipe's seed matters.
     survey: a pass over all tensors before the first is merged; what it returns for a tensor is passed to `merge` too.
     """
 
@@ -89,6 +90,7 @@ class Method:
     least: int = 1
     most: int | None = None
     check: Callable[[Mapping[str, Any]], str | None] = lambda _: None
+    random: bool = False
     survey: Callable[..., Sequence[Mapping[str, Any]]] | None = None
 
 

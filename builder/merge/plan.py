@@ -93,10 +93,11 @@ class Plan:
         return sum(self.models[origin.model].tensors[origin.tensor].bytes for origin in found)
 
 
-def plan(recipe: Recipe, find: Find, *, allow: Collection[str] = ()) -> Plan:
+def plan(recipe: Recipe, find: Find, *, allow: Collection[str] = (), vocabulary: Vocabulary | None = None) -> Plan:
     """The plan of a recipe; reads configs, headers and tokenizers. Raises ModelGlueError for what cannot be merged.
 
-    allow: facts that may differ between the models, of `models.FACTS`.
+    allow: facts that may differ between the models, of `models.FACTS`. vocabulary: that of an earlier plan with the
+    same models and tokens, which need not be reconciled again.
     """
     models = opening.open_models(recipe.references(), find)
     groups = recipe.groups()
@@ -104,7 +105,7 @@ def plan(recipe: Recipe, find: Find, *, allow: Collection[str] = ()) -> Plan:
     donor = models[recipe.base_model or groups[0].inputs[0].model]
     notes = [*recipe.notes(), *opening.check_alike(merged, allow)]
     folders = [model.checkpoint.folder for model in models.values()]
-    vocabulary = _vocabulary(recipe, models, merged)
+    vocabulary = vocabulary or _vocabulary(recipe, models, merged)
     planner = _Planner(recipe, merged, vocabulary, notes)
     outputs = tuple(planner.outputs(groups))
     if not outputs:

@@ -80,7 +80,7 @@ def write(
     """
     started = time.monotonic()
     check_place(plan, out, overwrite)
-    executor = _Executor(plan, arrays_of(device), _threads(plan, device, threads, max_memory))
+    executor = Executor(plan, arrays_of(device), _threads(plan, device, threads, max_memory))
     if plan.statistics:
         executor.check_statistics(journal)
     with _room(plan, out), files.whole(out, overwrite=overwrite) as partial:
@@ -99,7 +99,7 @@ def write(
 
 def tensors(plan: Plan) -> Iterator[tuple[str, Array]]:
     """The merged tensors in memory, float32, one after another."""
-    executor = _Executor(plan, kernels, 1)
+    executor = Executor(plan, kernels, 1)
     for output in plan.outputs:
         pieces = list(executor.pieces(output))
         yield output.name, np.concatenate(pieces or [np.zeros(0, np.float32)]).reshape(output.tensor.shape)
@@ -176,7 +176,9 @@ def _memory(output: Output) -> int:
     return 4 * max(PIECE, columns) * (2 * len(output.origins) + PIECE_ARRAYS) + masks
 
 
-class _Executor:
+class Executor:
+    """Runs tensors of a plan on threads; `arrays` says on which device."""
+
     def __init__(self, plan: Plan, arrays: Arrays, threads: int) -> None:
         self.plan, self.threads, self._arrays = plan, threads, arrays
         self._stop = threading.Event()

@@ -1,1 +1,1 @@
-"""Which members, which coefficients: strategies that try merges against a score."""
+"""Which members, and which coefficients: the paper's strategies, one a file, all in strategies.py."""

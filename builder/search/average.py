@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-Weights = Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One candidate merge and what became of it."""
-
-    tried: str
-    weights: Weights
-    score: float
-    accepted: bool
+from builder.search.problem import Outcome, Problem
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The best merge found: weights sum to one; a lone weight means that nothing helped the best single."""
+def average(problem: Problem) -> Outcome:
+    """Rank by score; M = the best single; each next model m joins the uniform mean if F(M') is accepted.
 
-    weights: Weights
-    score: float
-    trials: tuple[Trial, ...]
-
-
-def average(singles: Mapping[str, float], evaluate: Callable[[Weights], float]) -> Outcome:
-    """Rank by score; M = the best single; each next model m joins the uniform mean if F(M') >= F(M).
-
-    One evaluation for each model but the best. Ties in the ranking keep the order of `singles`.
+    One evaluation for each model but the best.
     """
-    ranked = sorted(singles, key=lambda name: -singles[name])
-    members, best = [ranked[0]], singles[ranked[0]]
-    trials = []
-    for name in ranked[1:]:
-        weights = uniform([*members, name])
-        score = evaluate(weights)
-        trials.append(Trial(name, weights, score, accepted=score >= best))
-        if score >= best:
-            members, best = [*members, name], score
-    return Outcome(uniform(members), best, tuple(trials))
+    best = problem.best_single()
+    for name in problem.ranked[1:]:
+        candidate = problem.kin.linear(uniform([*best.candidate.members, name]))
+        (trial,) = problem.score("average", [name], [candidate])
+        if problem.keep(trial, trial.scores is not None and problem.accept(trial.scores, best.scores)):
+            assert trial.scores is not None
+            best = Outcome(candidate, trial.scores)
+    return best
 
 
 def uniform(members: Sequence[str]) -> dict[str, float]:

@@ -18,12 +18,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builder import pipeline
+from builder.candidate import Kin, whole
 from builder.checkpoints import Checkpoint
 from builder.config import load_zoo
 from builder.errors import BuildError, CheckpointError, SourceError, ZooError
+from builder.explore import Explored, Found
 from builder.progress import Quiet
 from builder.record import Record
-from builder.search.average import Outcome
+from builder.search.problem import Outcome
 from builder.sources import Store
 from routers import bundle
 
@@ -198,10 +200,14 @@ def test_a_merge_never_takes_the_name_of_another_candidate(zoo_file: Path) -> No
     named = [
         model.model_copy(update={"id": name}) for model, name in zip(zoo.models, ("a", "b", "a-b", "c"), strict=True)
     ]
-    pair = {"a": 0.5, "b": 0.5}
-    found = [(("a", "b", "a-b"), Outcome(pair, 0.0, ())), (("c",), Outcome({"c": 1.0}, 0.0, ()))]
-    candidates = pipeline._candidates(zoo.model_copy(update={"models": tuple(named)}), found)
-    assert candidates == {"a-b-merged": pair, "a": {"a": 1.0}, "b": {"b": 1.0}, "a-b": {"a-b": 1.0}, "c": {"c": 1.0}}
+    pair = Kin(("a", "b"), None, "model.layers", 2, mixed=False).linear({"a": 0.5, "b": 0.5})
+    found = [
+        Found(models, Outcome(candidate, np.zeros(1)), (), None)
+        for models, candidate in ((("a", "b", "a-b"), pair), (("c",), whole("c")))
+    ]
+    renamed = zoo.model_copy(update={"models": tuple(named)})
+    candidates = pipeline._candidates(renamed, Explored((), tuple(found)))
+    assert candidates == {"a-b-merged": pair} | {name: whole(name) for name in ("a", "b", "a-b", "c")}
 
 
 def test_another_tokenizer_makes_another_member(zoo_file: Path, micro_zoo: dict[str, Path], tmp_path: Path) -> None:
@@ -288,8 +294,10 @@ def test_a_disk_without_room_for_the_experts_is_told_up_front(
 
 
 def test_unknown_tasks_are_refused_before_anything_is_fetched(zoo_file: Path, tmp_path: Path) -> None:
-    file = variant(zoo_file, "tasks", lambda text: text.replace("tiny/chat", "tinyMMLU").replace("./code", "./nowhere"))
-    with pytest.raises(ZooError, match="tinyMMLU cannot be scored"):
+    file = variant(
+        zoo_file, "tasks", lambda text: text.replace("tiny/chat", "tinyMMLUX").replace("./code", "./nowhere")
+    )
+    with pytest.raises(ZooError, match="nobody knows tinyMMLUX: name a preset"):
         build(file, tmp_path)
 
 

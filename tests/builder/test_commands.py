@@ -64,7 +64,7 @@ def test_a_build_of_the_papers_zoo_stops_before_any_work_with_all_that_it_lacks(
     result = run("build", "--zoo", "which16", "--out", tmp_path / "bundle")
     assert result.code == 1
     assert sum(line.startswith("  ") for line in result.err.splitlines()) == 16
-    for words in ("tinyMMLU", "meta-llama/Llama-2-7b-chat-hf", "gated", "HF_TOKEN", "--models-dir"):
+    for words in ("meta-llama/Llama-2-7b-chat-hf", "gated", "HF_TOKEN", "--models-dir"):
         assert words in result.err
     assert not (tmp_path / "bundle").exists()
     assert not (tmp_path / "bundle.partial").exists()

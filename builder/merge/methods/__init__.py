@@ -89,20 +89,26 @@ METHODS: dict[str, Method] = {
         survey=survey_ties,
     ),
     "dare_linear": Method(
-        partial(dare, elect=False), _task(normalize=False, rescale=True), base="required", check=check_sum
+        partial(dare, elect=False),
+        _task(normalize=False, rescale=True),
+        base="required",
+        check=check_sum,
+        random=True,
     ),
-    "dare_ties": Method(partial(dare, elect=True), _task(normalize=False, rescale=True), base="required"),
+    "dare_ties": Method(partial(dare, elect=True), _task(normalize=False, rescale=True), base="required", random=True),
     "della": Method(
         partial(della, elect=True),
         _task(normalize=True, rescale=True, epsilon=_EPSILON),
         base="required",
         check=check_della,
+        random=True,
     ),
     "della_linear": Method(
         partial(della, elect=False),
         _task(normalize=False, rescale=True, epsilon=_EPSILON),
         base="required",
         check=check_della_linear,
+        random=True,
     ),
     "breadcrumbs": Method(
         partial(breadcrumbs, elect=False), _task(normalize=False, gamma=_GAMMA), base="required", check=check_sum
