@@ -36,9 +36,11 @@ _LAST_LINES: dict[Language, str] = {
 }
 """A program passes when it gets as far as this: one that leaves before its tests ran does not."""
 
+_KILLED = "killed"
 _TAIL = 4096
 _GRACE = 5.0
 """Seconds that the first process has, beyond the limits, to end all."""
+_NODES_OWN = 128 << 20
 _OUT_OF_MEMORY = re.compile(r"^MemoryError|heap out of memory|Array buffer allocation failed", re.MULTILINE)
 
 
@@ -178,6 +180,8 @@ class Sandbox:
             text, excess = _collect(process, output, limits)
             _end(process, holder)
             ending = _read_report(report, process, text) if excess is None else inside.Report(stopped=excess)
+            if ending.group is not None and ending.stopped == _KILLED and way.mechanism == "rlimits":
+                _kill_group(ending.group)  # the program killed its watch, and what it started may go on
         tail = text[-_TAIL:].decode(errors="replace")
         reason = _reason(ending, tail)
         return Outcome(reason == "passed", reason, tail, time.monotonic() - started)
@@ -221,7 +225,9 @@ def _job(
         binds=list(view.binds),
         links=list(view.links),
         memory=limits.memory,
-        address_space=language == "python",
+        # node reserves more addresses than it uses, and has stacks and code that its heap's limit does not count.
+        data=limits.memory if language == "python" else limits.memory + _NODES_OWN,
+        addresses=limits.memory if language == "python" else None,
         cpu_seconds=limits.cpu_seconds,
         wall_seconds=limits.wall_seconds,
         processes=limits.processes,
@@ -239,19 +245,22 @@ def _interpreter(language: Language, limits: Limits) -> list[str]:
 def _start(
     command: list[str], way: Way, source: IO[bytes], printer: FileIO, job: inside.Job
 ) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        command,
-        stdin=source,
-        stdout=printer,
-        stderr=printer,
-        pass_fds=(job.lifeline, job.report),
-        env={},
-        cwd="/",
-        start_new_session=True,
-        user=way.start_as,
-        group=way.start_as,
-        extra_groups=None if way.start_as is None else [],
-    )
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=source,
+            stdout=printer,
+            stderr=printer,
+            pass_fds=(job.lifeline, job.report),
+            env={},
+            cwd="/",
+            start_new_session=True,
+            user=way.start_as,
+            group=way.start_as,
+            extra_groups=None if way.start_as is None else [],
+        )
+    except OSError as exc:
+        raise SandboxError(f"the sandbox failed: {exc}") from exc
 
 
 def _collect(process: subprocess.Popen[bytes], output: FileIO, limits: Limits) -> tuple[bytes, str | None]:
@@ -286,10 +295,13 @@ def _end(process: subprocess.Popen[bytes], holder: FileIO) -> None:
             for pid in list(inside.descendants(process.pid)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-    # Before the wait, so that the group's number is still its own.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _kill_group(process.pid)  # before the wait: until then the number is nobody else's
     process.wait()
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -304,20 +316,19 @@ def _watched(process: subprocess.Popen[bytes]) -> Iterator[int]:
 
 def _read_report(report: FileIO, process: subprocess.Popen[bytes], text: bytes) -> inside.Report:
     os.set_blocking(report.fileno(), False)
-    lines = (report.read(1 << 16) or b"").splitlines()
-    if lines:
-        ending = inside.Report(*json.loads(lines[0]))
-        if ending.failure:
-            raise SandboxError(f"the sandbox failed: {ending.failure}")
-        return ending
+    reports = [inside.Report(*json.loads(line)) for line in (report.read(1 << 16) or b"").splitlines()]
+    if failure := next((each.failure for each in reports if each.failure), None):
+        raise SandboxError(f"the sandbox failed: {failure}")
+    if len(reports) > 1:
+        return reports[-1]
     if process.returncode < 0 or process.returncode > 128:
-        return inside.Report(stopped="killed")
+        return inside.Report(reports[0].group if reports else None, stopped=_KILLED)
     raise SandboxError(f"the sandbox failed: {text[-_TAIL:].decode(errors='replace').strip() or process.returncode}")
 
 
 def _reason(ending: inside.Report, tail: str) -> str:
     if ending.status is None:
-        return ending.stopped or "killed"
+        return ending.stopped or _KILLED
     code = os.waitstatus_to_exitcode(ending.status)
     if code == 0:
         return "passed" if ending.finished else "ended early"

@@ -58,8 +58,10 @@ class Job(NamedTuple):
     """What the program sees, read-only: where it is, and where it will be."""
     links: list[tuple[str, str]]
     memory: int
-    address_space: bool
-    """Whether the memory limit holds for reserved addresses too; node reserves more than it uses."""
+    data: int
+    """Bytes of memory that one process may map to write."""
+    addresses: int | None
+    """Bytes of memory that one process may map at all."""
     cpu_seconds: int
     wall_seconds: float
     processes: int
@@ -67,8 +69,12 @@ class Job(NamedTuple):
 
 
 class Report(NamedTuple):
-    """How it went. `failure`: the sandbox's own, not the program's."""
+    """How it went; before that, a report with the program's process group alone says that it was started.
 
+    failure: the sandbox's own, not the program's.
+    """
+
+    group: int | None = None
     status: int | None = None
     finished: bool = False
     stopped: str | None = None
@@ -122,13 +128,14 @@ def _run(job: Job) -> Report:
     for descriptor in range(3):
         os.dup2(null, descriptor)  # the caller reads the output to its end: only the program may hold it open
     os.close(verdict_writer)
+    _send(job.report, Report(child))
     status, stopped = _watch(job, child)
     if not job.pid_namespace:
-        _end_descendants()
+        _end_descendants(child)
     os.set_blocking(verdict, False)
     with contextlib.suppress(BlockingIOError):
-        return Report(status, os.read(verdict, len(secret)) == secret, stopped)
-    return Report(status, False, stopped)
+        return Report(child, status, os.read(verdict, len(secret)) == secret, stopped)
+    return Report(child, status, False, stopped)
 
 
 def _send(descriptor: int, report: Report) -> None:
@@ -141,6 +148,7 @@ def _send(descriptor: int, report: Report) -> None:
 def _become_program(job: Job, token: int, verdict: int) -> None:
     report = _above(job.report)
     try:
+        os.setsid()
         token, verdict = _above(token), _above(verdict)
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
         os.dup2(verdict, VERDICT)
@@ -179,12 +187,12 @@ def _set_limits(job: Job, own_count: bool) -> None:
     wanted = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_CPU: job.cpu_seconds,
-        resource.RLIMIT_DATA: job.memory,
+        resource.RLIMIT_DATA: job.data,
         resource.RLIMIT_FSIZE: job.tmp_bytes,
         resource.RLIMIT_NOFILE: _OPEN_FILES,
     }
-    if job.address_space:
-        wanted[resource.RLIMIT_AS] = job.memory
+    if job.addresses is not None:
+        wanted[resource.RLIMIT_AS] = job.addresses
     if own_count:
         wanted[resource.RLIMIT_NPROC] = job.processes
     elif not job.pid_namespace:
@@ -260,7 +268,7 @@ def _excess(job: Job) -> str | None:
         return "memory"
     if tasks > job.processes:
         return "process limit"
-    return "cpu limit" if seconds > job.cpu_seconds + 1 else None
+    return "cpu limit" if seconds > job.cpu_seconds else None
 
 
 def _members(job: Job) -> Iterator[int]:
@@ -269,9 +277,14 @@ def _members(job: Job) -> Iterator[int]:
     return (int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1")
 
 
-def _end_descendants() -> None:
-    """Kill them until there are none; stopped first, for what is stopped does not fork."""
+def _end_descendants(group: int) -> None:
+    """Kill them until there are none.
+
+    The group first: no fork escapes a signal to a group. The others are stopped first, for then they fork no more.
+    """
     give_up = time.monotonic() + 5
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
     while time.monotonic() < give_up:
         for sign in (signal.SIGSTOP, signal.SIGKILL):
             for pid in list(descendants(os.getpid())):
