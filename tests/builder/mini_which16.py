@@ -39,8 +39,8 @@ CLUSTERS = (
     ("crystalchat",),
 )
 """What clustering must find, in the order of the zoo: Which12 is one."""
-FAMILIES = CLUSTERS
-"""Each is an architecture of its own: Llemma's rotary base is not CodeLlama's."""
+FAMILIES = ((*WHICH12, "llemma"), ("codellama-instruct", "magicoder"), ("crystalchat",))
+"""By architecture: Llemma has CodeLlama's weights and, but for the vocabulary, Llama-2's shapes and rotary base."""
 
 WIDTH, INNER, LAYERS, HEADS, ROWS = 16, 40, 2, 2, 160
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -325,3 +325,27 @@ def test_no_bytes_crash_the_reader(tmp_path: Path, name: str, count: int) -> Non
         except CheckpointError:
             refused += 1
     assert refused > count // 2
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_ten_thousand_random_bits_are_numbers_or_refused(tmp_path: Path, dtype: str, suffix: str) -> None:
+    integers = torch.int32 if dtype == "F32" else torch.int16
+    bound = torch.iinfo(integers)
+    random_bits = torch.Generator().manual_seed(8)
+    bits = torch.randint(bound.min, bound.max, (2500, 4), dtype=integers, generator=random_bits)
+    tensors = {f"t{i}": row.clone().view(TORCH[dtype]) for i, row in enumerate(bits)}
+    if suffix == ".bin":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    refused = 0
+    for name, tensor in tensors.items():
+        if tensor.isfinite().all():
+            assert checkpoint.read(name).tobytes() == tensor.float().numpy().tobytes()
+        else:
+            refused += 1
+            with pytest.raises(CheckpointError, match=f"{name} holds NaN or inf"):
+                checkpoint.read(name)
+    assert 0 < refused < len(tensors)
