@@ -92,6 +92,7 @@ def task_names(said: Any) -> Any:
     return tuple(task for name in names for task in (PRESETS.get(name, (name,)) if isinstance(name, str) else (name,)))
 
 
+Fewshot = Annotated[int, Field(ge=0)]
 Strategy = Literal["average", "coefficient", "similarity", "evolution", "heuristic+evolution", "auto"]
 Range = tuple[float, float]
 
@@ -144,13 +145,14 @@ class Proxy(Strict):
     tasks: a preset (`paper`, `demo`), or names: our own sets, tasks of lm-evaluation-harness, YAML files of its kind.
     accuracy: the task's own metric: right or wrong, solved or not.
     log_likelihood: nats a token of the right choice, negative, -log of its perplexity; few items tell models apart.
-    limit: samples of a task. fewshot: examples before every question instead of the task's own number.
+    limit: samples of a task. fewshot: examples before every question instead of the task's own number, of all tasks or
+    by name.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
     metric: Literal["accuracy", "log_likelihood"] = "accuracy"
     limit: int = Field(default=16, gt=0)
-    fewshot: int | None = Field(default=None, ge=0)
+    fewshot: Fewshot | dict[str, Fewshot] | None = None
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -161,12 +163,13 @@ class Proxy(Strict):
 class Test(Strict):
     """What a finished bundle is proved on, once: tasks that share no question with the proxy.
 
-    Without it the third of every proxy task that neither the search nor the router saw is the test.
+    Without it the third of every proxy task that neither the search nor the router saw is the test; with it these two
+    have a half each.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
     limit: int | None = Field(default=None, gt=0)
-    fewshot: int | None = Field(default=None, ge=0)
+    fewshot: Fewshot | dict[str, Fewshot] | None = None
 
     @field_validator("tasks", mode="before")
     @classmethod

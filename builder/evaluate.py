@@ -56,8 +56,9 @@ class Evaluator:
         """Which samples of which tasks a split has."""
         proxy, test, seed = self.zoo.proxy, self.zoo.test, self.zoo.seed
         if split == "test" and test is not None:
-            return [Spec(name, None, test.limit, seed, test.fewshot) for name in test.tasks]
-        return [Spec(name, split, proxy.limit, seed, proxy.fewshot) for name in proxy.tasks]
+            return [Spec(name, None, test.limit, seed, _fewshot(test.fewshot, name)) for name in test.tasks]
+        parts = len(tasks.SPLITS) if test is None else 2
+        return [Spec(name, split, proxy.limit, seed, _fewshot(proxy.fewshot, name), parts) for name in proxy.tasks]
 
     def tasks(self, split: Split) -> list[Task]:
         """The tasks of a split, loaded, and held apart from those of the others that were."""
@@ -190,6 +191,10 @@ class Evaluator:
             "members": [digests[name] for name in candidate.members],
             "recipe": json.loads(json.dumps(_anonymous(candidate.said, digests))),
         }
+
+
+def _fewshot(said: int | Mapping[str, int] | None, task: str) -> int | None:
+    return said.get(task) if isinstance(said, Mapping) else said
 
 
 def shares(loaded: Sequence[Task]) -> Scores:

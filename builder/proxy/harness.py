@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from builder.config import is_task_file
 from builder.errors import ZooError
 from builder.proxy import programs, tasks
 from builder.proxy.requests import Answer, Choices, Generation, Likelihood, Request, Rolling
@@ -31,7 +33,7 @@ _STOPS = ("until", "max_gen_toks", "do_sample", "temperature", "max_length")
 
 def knows(name: str) -> bool:
     """Whether a name is a task, group or tag of the harness, one that ships with us, or a YAML file."""
-    return name in _manager().all_tasks or _file(name) is not None
+    return _file(name) is not None or name in _manager().all_tasks
 
 
 def load(spec: Spec) -> Task:
@@ -44,7 +46,7 @@ def load(spec: Spec) -> Task:
         if spec.fewshot is not None:
             part.set_config(key="num_fewshot", value=spec.fewshot)
         part.set_fewshot_seed(spec.seed)
-        for number, doc in tasks.share(_documents(part), f"{spec.name} {spec.seed}", spec.split)[: spec.limit]:
+        for number, doc in tasks.share(_documents(part), spec)[: spec.limit]:
             made, said = _sample(part, number, doc)
             samples.append(made)
             facts.append(said)
@@ -68,16 +70,39 @@ def _source(part: Any) -> tuple[str, ...]:
 
 @cache
 def _manager() -> Any:
+    """The harness's index of everything; it parses thousands of files, so tasks are looked for without it first."""
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with _quiet():
-        return TaskManager(include_path=str(resources.files("builder.proxy") / "harness_tasks"))
+    _hush()
+    return TaskManager()
 
 
+@cache
+def _loader() -> Any:
+    """A manager without an index, which loads what it is given."""
+    from lm_eval.tasks import TaskManager
+
+    _hush()
+    return TaskManager(include_defaults=False)
+
+
+def _hush() -> None:
+    for name in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@cache
 def _file(name: str) -> Path | None:
-    path = Path(name).expanduser()
-    return path if path.suffix in (".yaml", ".yml") and path.is_file() else None
+    """The YAML file of a task: of the user's, of ours, or of the harness."""
+    if is_task_file(name):
+        path = Path(name).expanduser()
+        return path if path.is_file() else None
+    import lm_eval
+
+    says = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*$".encode(), re.MULTILINE)
+    roots = [Path(str(resources.files("builder.proxy"))) / "harness_tasks", Path(lm_eval.__file__).parent / "tasks"]
+    files = (path for root in roots for path in sorted(root.rglob("*.yaml")))
+    return next((path for path in files if says.search(path.read_bytes())), None)
 
 
 @cache
@@ -87,7 +112,8 @@ def _tasks(name: str) -> list[Any]:
 
     with _quiet(), _our_code_eval():
         try:
-            found = _manager().load(_said(path) if (path := _file(name)) else name)["tasks"]
+            path = _file(name)
+            found = (_loader().load(_said(path)) if path else _manager().load(name))["tasks"]
         except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as exc:
             reason = " ".join(str(exc).split())[:300]
             raise ZooError(
@@ -119,7 +145,7 @@ def _placed(files: Any, folder: Path) -> Any:
 def _check(part: Any) -> None:
     """Raises ZooError for what cannot be scored sample by sample, or not greedily."""
     said = part.config.generation_kwargs or {}
-    if part.MULTIMODAL:
+    if getattr(part, "MULTIMODAL", False):
         raise ZooError(f"{part.task_name} shows pictures or plays sounds: it cannot score language models of text")
     if part.OUTPUT_TYPE == "generate_until" and said.get("do_sample") and said.get("temperature", 1.0) > 0:
         raise ZooError(f"{part.task_name} samples its answers: luck would decide; set do_sample: false")

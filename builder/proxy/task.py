@@ -19,7 +19,7 @@ class Spec:
     """Which samples of which task; enough to load them in another process.
 
     name: of one of our own sets, of a task or group of lm-evaluation-harness, or a YAML file of its kind.
-    split: a third of the task's samples, or all of them with None. limit: how many at most.
+    split: its part of the task's samples, one of `parts`, or all of them with None. limit: how many at most.
     fewshot: examples before every question; None is the task's own number.
     """
 
@@ -28,6 +28,7 @@ class Spec:
     limit: int | None
     seed: int
     fewshot: int | None = None
+    parts: int = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,17 +46,17 @@ def load(spec: Spec) -> Task:
 
         return harness.load(spec)
     domain = OWN[spec.name]
-    units = share(range(domain.count), f"{spec.name} {spec.seed}", spec.split)
+    units = share(range(domain.count), spec)
     items = domain.items(units, random.Random(f"{spec.name} {spec.split} {spec.seed}"))[: spec.limit]
     digest = hashlib.sha256(repr(items).encode()).hexdigest()
     return Task(spec.name, tuple(sample(item) for item in items), "accuracy", digest)
 
 
-def share(units: Sequence[T], key: str, split: Split | None) -> list[T]:
-    """A split's third of the units, shuffled by the key; no unit is in two splits."""
+def share(units: Sequence[T], spec: Spec) -> list[T]:
+    """A split's part of the units, shuffled by task and seed; no unit is in two splits."""
     order = list(units)
-    random.Random(key).shuffle(order)
-    return order if split is None else order[SPLITS.index(split) :: len(SPLITS)]
+    random.Random(f"{spec.name} {spec.seed}").shuffle(order)
+    return order if spec.split is None else order[SPLITS.index(spec.split) :: spec.parts]
 
 
 def check_sources(proxy: Sequence[str], test: Sequence[str]) -> None:
