@@ -98,12 +98,13 @@ class Sandbox:
         self._limits = limits
         self._view = mechanisms.view()
         self._works: set[Language] = {"python"}
-        self._way = self._choose(mechanism)
+        self._way, failures = self._choose(mechanism)
         if self.mechanism == "rlimits":
             if os.geteuid() == 0 and not unsafe:
                 raise SandboxError(
                     "generated programs are not run as root without bubblewrap or namespaces: install bubblewrap "
                     "(apt-get install bubblewrap), run as another user, or accept the risk with --unsafe-code"
+                    + (f" ({failures})" if failures else "")
                 )
             warn(
                 "generated programs run with limits alone: they can read your files and use the network, and write "
@@ -132,13 +133,14 @@ class Sandbox:
         with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
             return list(pool.map(partial(self.run, language=language), programs))
 
-    def _choose(self, wanted: Mechanism | None) -> Way:
-        failures = []
+    def _choose(self, wanted: Mechanism | None) -> tuple[Way, str]:
+        """The first way that works, and why those before it do not."""
+        failures: list[str] = []
         for way in mechanisms.ways(root=os.geteuid() == 0):
             if wanted in (None, way.mechanism):
                 failure = self._try(way)
                 if failure is None:
-                    return way
+                    return way, "; ".join(failures)
                 failures.append(f"{way.mechanism}: {failure}")
         raise SandboxError(f"generated programs cannot be run here; {'; '.join(failures)}")
 
