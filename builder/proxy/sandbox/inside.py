@@ -320,10 +320,12 @@ def _enter_namespaces(job: Job) -> None:
 
 def _change_root(job: Job) -> None:
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
-    _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
+    _mount_new("tmpfs", "/tmp", "size=1m,mode=755")
     os.mkdir("/tmp/old")
     _check(_libc.pivot_root(b"/tmp", b"/tmp/old"))
     os.chdir("/")
+    small = f"size={job.tmp_bytes},nr_inodes={_INODES},mode=1777"
+    _mount_new("tmpfs", "/tmp", small)  # before the others: this file or Python may lie below it
     for source, target in job.binds:
         _bind(f"/old{source}", target)
         _make_read_only(target, recursive=True)
@@ -333,13 +335,8 @@ def _change_root(job: Job) -> None:
     for name in _DEVICES:
         _bind(f"/old/dev/{name}", f"/dev/{name}")
     os.symlink("/proc/self/fd", "/dev/fd")
-    for path, kind, options in (
-        ("/proc", "proc", None),
-        ("/tmp", "tmpfs", f"size={job.tmp_bytes},nr_inodes={_INODES},mode=1777"),
-        ("/dev/shm", "tmpfs", f"size={job.tmp_bytes},nr_inodes={_INODES},mode=1777"),
-    ):
-        os.mkdir(path)
-        _mount(kind, path, kind, _MS_NOSUID | _MS_NODEV, options)
+    _mount_new("tmpfs", "/dev/shm", small)
+    _mount_new("proc", "/proc")
     _check(_libc.umount2(b"/old", _MNT_DETACH))
     os.rmdir("/old")
     _make_read_only("/", recursive=False)
@@ -352,6 +349,11 @@ def _bind(source: str, target: str) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         open(target, "w").close()
     _mount(source, target, None, _MS_BIND | _MS_REC)
+
+
+def _mount_new(kind: str, target: str, options: str | None = None) -> None:
+    os.makedirs(target, exist_ok=True)
+    _mount(kind, target, kind, _MS_NOSUID | _MS_NODEV, options)
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:

@@ -70,11 +70,12 @@ def _bubblewrap(way: Way, view: View, tmp_bytes: int) -> list[str]:
         *("--die-with-parent", "--as-pid-1", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
         # Root needs no user namespace, and in one it could not become another user.
         *(["--unshare-user"] if way.run_as is None else ["--cap-drop", "ALL", *_capabilities("SETUID", "SETGID")]),
+        *(*private, PRIVATE),  # before the others: inside.py or Python may lie below it
         *(part for folder in _folders(view) for part in ("--dir", folder)),
         *(part for source, target in view.binds for part in ("--ro-bind", source, target)),
         *(part for to, at in view.links for part in ("--symlink", to, at)),
         *("--proc", "/proc", "--dev", "/dev", *private, "/dev/shm", "--remount-ro", "/dev"),
-        *(*private, PRIVATE, "--chdir", PRIVATE, "--remount-ro", "/", "--"),
+        *("--chdir", PRIVATE, "--remount-ro", "/", "--"),
     ]
 
 
