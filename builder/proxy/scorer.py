@@ -135,6 +135,8 @@ class Scorer:
                 yield i, _whole(request, parts[n])
 
     def _rows(self, rows: Sequence[Row]) -> Iterator[tuple[int, Likelihood]]:
+        if not rows:
+            return iter(())
         if self._packs(len(row.tokens) for row in rows):
             return packed.likelihoods(self._model, rows)
         return padded.likelihoods(self._model, rows)
@@ -142,6 +144,8 @@ class Scorer:
     def _texts(self, requests: Sequence[tuple[int, Generation]]) -> Iterator[tuple[int, str]]:
         """The generated texts, by their request's index, as soon as each has come to its end."""
         prompts = self._encoder.prompts([request for _, request in requests])
+        if not prompts:
+            return
         packs = self._packs(len(prompt.tokens) + prompt.max_tokens for prompt in prompts)
         write = greedy.answers if packs else padded.answers
         for n, tokens in write(self._model, self._stops, prompts):
