@@ -94,13 +94,13 @@ def verify(path: Annotated[Path, typer.Argument(metavar="BUNDLE")]) -> None:
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE")],
-    out: Annotated[Path | None, typer.Option(help="The page [BUNDLE.html].")] = None,
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE|RUN")],
+    out: Annotated[Path | None, typer.Option(help="The page [beside it, with .html at its name's end].")] = None,
 ) -> None:
-    """Write one self-contained HTML page on how a bundle came about."""
+    """Write one self-contained HTML page on how a bundle, or a search, came about."""
     from builder.report import render
 
-    out = out or path.resolve().with_suffix(".html")
+    out = out or path.resolve().with_name(f"{path.resolve().name}.html")
     out.write_text(render(path), "utf-8")
     print(f"{out} is written")
 
