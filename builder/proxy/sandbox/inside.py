@@ -264,10 +264,10 @@ def _excess(job: Job) -> str | None:
             seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
             tasks += int(fields[17])
             pages += int(fields[21])
-    if pages * resource.getpagesize() > job.memory:
-        return "memory"
     if tasks > job.processes:
         return "process limit"
+    if pages * resource.getpagesize() > job.memory:
+        return "memory"
     return "cpu limit" if seconds > job.cpu_seconds else None
 
 

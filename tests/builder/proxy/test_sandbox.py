@@ -186,6 +186,7 @@ def test_cpu_seconds_end_a_loop_and_are_counted_over_all_processes(mechanism: Me
 def test_programs_that_wait_are_timed_out(mechanism: Mechanism) -> None:
     silent = "import os\nos.close(1)\nos.close(2)\nos.read(os.pipe()[0], 1)"
     check(sandbox(mechanism, wall_seconds=0.7), dict.fromkeys(["import time\ntime.sleep(60)", silent], "timed out"))
+    assert sandbox(mechanism, wall_seconds=0.7).run(silent).seconds < 0.7 + 4
 
 
 def test_ten_gigabytes_are_refused(mechanism: Mechanism) -> None:
@@ -237,7 +238,7 @@ def test_a_process_that_went_its_own_way_ends_with_the_program(mechanism: Mechan
 
 
 def test_a_program_that_kills_its_parent_does_not_pass(mechanism: Mechanism) -> None:
-    program = "import os, time\nparent = os.getppid()\nos.fork()\nos.kill(parent, 9)\ntime.sleep(60)"
+    program = "import os, time\nif os.fork(): os.kill(os.getppid(), 9)\ntime.sleep(60)"
     assert not sandbox(mechanism, wall_seconds=1).run(program).passed
 
 
@@ -279,11 +280,12 @@ def test_a_file_of_the_host_can_be_neither_read_nor_deleted(closed: Mechanism, t
     assert "do not touch" not in outcome.output
 
 
-def test_nothing_of_the_host_can_be_written(closed: Mechanism) -> None:
-    folders = ["/", "/usr", "/etc", "/dev", sys.prefix, sys.base_prefix]
-    program = f"import os\nfor folder in {folders!r}: assert os.statvfs(folder).f_flag & os.ST_RDONLY, folder"
-    outcome = sandbox(closed).run(program)
-    assert outcome.passed, outcome
+def test_all_that_is_mounted_is_read_only_or_private(closed: Mechanism) -> None:
+    outcome = sandbox(closed).run("print(open('/proc/self/mounts').read())")
+    mounts = [line.split() for line in outcome.output.splitlines() if line]
+    writable = {path for _, path, _, options, *_ in mounts if "ro" not in options.split(",")}
+    assert "/tmp" in writable
+    assert {path for path in writable if not path.startswith("/dev/")} == {"/proc", "/tmp"}, outcome
 
 
 def test_homes_and_settings_are_hidden(closed: Mechanism) -> None:
@@ -317,7 +319,7 @@ def test_environment_descriptors_and_input_stay_outside(
     with (tmp_path / "open").open("w") as file:
         os.set_inheritable(file.fileno(), True)
         outcome = box.run(
-            "import os, sys\nassert 'HF_TOKEN' not in os.environ\nassert sys.stdin.read() == ''\n"
+            "import os\nassert 'HF_TOKEN' not in os.environ\nassert os.readlink('/proc/self/fd/0') == '/dev/null'\n"
             "assert len(os.listdir('/proc/self/fd')) == 6, os.listdir('/proc/self/fd')\n"  # 0 to 4, and the list's own
             "assert os.environ['HOME'] == os.getcwd() and os.path.isfile('program.py')"
         )
