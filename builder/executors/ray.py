@@ -5,6 +5,7 @@ The models' folders must be at the same paths on every machine. A worker keeps i
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -32,6 +33,7 @@ class Ray:
             raise SearchError("--executor ray needs Ray: pip install 'modelglue[ray]'") from exc
         self._ray, self._own = ray, not ray.is_initialized()
         if self._own:
+            _check(address)
             try:
                 ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
             except ConnectionError as exc:
@@ -61,6 +63,17 @@ class Ray:
         """Leave the cluster, or end the one that was started here."""
         if self._own:
             self._ray.shutdown()
+
+
+def _check(address: str | None) -> None:
+    """Raises SearchError for an address where nobody listens: Ray would wait for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as exc:
+        raise SearchError(f"no Ray cluster at {address} ({exc.strerror or exc}): start it (ray start --head)") from exc
 
 
 @cache

@@ -33,7 +33,7 @@ _STOPS = ("until", "max_gen_toks", "do_sample", "temperature", "max_length")
 
 def knows(name: str) -> bool:
     """Whether a name is a task, group or tag of the harness, one that ships with us, or a YAML file."""
-    return _file(name) is not None or name in _manager().all_tasks
+    return _file(name) is not None or (not is_task_file(name) and _is_named(name) and name in _manager().all_tasks)
 
 
 def load(spec: Spec) -> Task:
@@ -97,12 +97,21 @@ def _file(name: str) -> Path | None:
     if is_task_file(name):
         path = Path(name).expanduser()
         return path if path.is_file() else None
+    says = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*$".encode(), re.MULTILINE)
+    return next((path for path, text in _files() if says.search(text)), None)
+
+
+def _is_named(name: str) -> bool:
+    """Whether any file of the harness says the name, as a group's or a tag's."""
+    return any(name.encode() in text for _, text in _files())
+
+
+def _files() -> Iterator[tuple[Path, bytes]]:
+    """Every task file, ours first."""
     import lm_eval
 
-    says = re.compile(rf"^task:\s*[\"']?{re.escape(name)}[\"']?\s*$".encode(), re.MULTILINE)
     roots = [Path(str(resources.files("builder.proxy"))) / "harness_tasks", Path(lm_eval.__file__).parent / "tasks"]
-    files = (path for root in roots for path in sorted(root.rglob("*.yaml")))
-    return next((path for path in files if says.search(path.read_bytes())), None)
+    return ((path, path.read_bytes()) for root in roots for path in sorted(root.rglob("*.yaml")))
 
 
 @cache

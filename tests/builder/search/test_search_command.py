@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import Run
+
+from builder.record import SearchRecord
+from builder.search.command import RECORD
+
+SEARCH = ("search", "--strategy", "coefficient", "--limit", "4")
+
+
+def evaluations(cache: Path) -> dict[str, tuple[int, float]]:
+    """What was scored: by key, the row and the seconds; a row that is computed again is another row."""
+    if not (cache / "journal.sqlite").exists():
+        return {}
+    with sqlite3.connect(cache / "journal.sqlite", timeout=30) as db:
+        try:
+            rows = db.execute("SELECT key, rowid, seconds FROM results WHERE kind IN ('score', 'failure')").fetchall()
+        except sqlite3.OperationalError:
+            return {}
+    return {key: (row, seconds) for key, row, seconds in rows}
+
+
+def record(out: Path) -> SearchRecord:
+    return SearchRecord.model_validate_json((out / RECORD).read_text("utf-8"))
+
+
+def test_a_search_writes_recipes_that_builder_merge_runs_and_a_record_of_every_trial(
+    run: Run, zoo_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    result = run(*SEARCH, "--zoo", zoo_file, "--out", out)
+    assert result.code == 0, result.err
+    found = record(out)
+    (cluster,) = found.clusters
+    assert len(cluster.trials) == 27
+    assert found.samples == 16
+    best = max(trial.score.mean for trial in cluster.trials if trial.score)
+    assert cluster.score == pytest.approx(max(best, cluster.standings[0].score.mean))
+    assert [one.name for one in cluster.standings][1] == "uniform soup"
+    for one in cluster.standings:
+        assert one.score.low <= one.score.mean <= one.score.high
+    if len(cluster.weights) > 1:
+        (recipe,) = (out / "recipes").iterdir()
+        assert run("merge", recipe, tmp_path / "merged").code == 0
+        assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert "uniform soup" in result.out
+
+
+def test_a_second_search_is_free_and_says_the_same(run: Run, zoo_file: Path, tmp_path: Path) -> None:
+    assert run(*SEARCH, "--zoo", zoo_file, "--out", tmp_path / "one").code == 0
+    before = evaluations(tmp_path / "cache")
+    assert run(*SEARCH, "--zoo", zoo_file, "--out", tmp_path / "two").code == 0
+    assert evaluations(tmp_path / "cache") == before
+    assert (tmp_path / "one" / RECORD).read_bytes() == (tmp_path / "two" / RECORD).read_bytes()
+
+
+def test_json_lines_tell_of_every_trial_and_of_the_result(run: Run, zoo_file: Path, tmp_path: Path) -> None:
+    result = run(
+        "search",
+        "--zoo",
+        zoo_file,
+        "--strategy",
+        "evolution",
+        "--trials",
+        6,
+        "--limit",
+        3,
+        "--out",
+        tmp_path / "run",
+        "--json",
+    )
+    lines = [json.loads(line) for line in result.out.splitlines()]
+    trials = [line for line in lines if line["event"] == "trial"]
+    assert [line["number"] for line in trials] == list(range(1, 7))
+    assert trials[-1]["best"] == max(line["score"] for line in trials)
+    assert lines[-1]["event"] == "result"
+    assert lines[-1]["clusters"][0]["trials"] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--strategy", "luck"), "search.strategy: Input should be 'average', 'coefficient'"),
+        (("--method", "tise", "--strategy", "evolution"), "no method 'tise' (did you mean 'ties'?)"),
+        (("--method", "ties"), "average merges linearly: for ties the strategy is evolution"),
+        (("--level", "2"), "search.level: Input should be less than 1"),
+        (("--tasks", "tiny/moth"), "nobody knows tiny/moth"),
+        (("--strategy", "evolution", "--method", "ties"), "ties needs the base of"),
+        (("--devices", "cpu", "--executor", "ray"), "--devices is of --executor local"),
+        (("--limit", "0"), "proxy.limit: Input should be greater than 0"),
+        (("--strategy", "evolution", "--groups", "50"), "search.groups is 50 and the models have 2 layers"),
+    ],
+)
+def test_wrong_choices_are_one_sentence_and_nothing_is_written(
+    run: Run, zoo_file: Path, tmp_path: Path, words: tuple[str, ...], sentence: str
+) -> None:
+    result = run("search", "--zoo", zoo_file, "--out", tmp_path / "run", *words)
+    assert result.code == 1
+    assert sentence in result.err
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_says_the_budget_and_whether_members_fit_in_memory(run: Run, zoo_file: Path) -> None:
+    result = run("search", "--zoo", zoo_file, "--strategy", "evolution", "--trials", 77, "--plan")
+    assert result.code == 0
+    assert "at most 77 trials" in result.out
+    assert "mapped once and fit in memory" in result.out
+
+
+def started(zoo_file: Path, out: Path, cache: Path) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "builder", *SEARCH, "--zoo", str(zoo_file), "--out", str(out), "--cache", str(cache)]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ))
+
+
+def test_a_search_killed_at_any_time_goes_on_and_ends_as_an_unbroken_one(zoo_file: Path, tmp_path: Path) -> None:
+    cache, kills = tmp_path / "cache", 0
+    while kills < 2:
+        process, before = started(zoo_file, tmp_path / "broken", cache), evaluations(cache)
+        while process.poll() is None and len(evaluations(cache)) < len(before) + 9:
+            time.sleep(0.02)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+        kills += 1
+        after = evaluations(cache)
+        assert {key: after[key] for key in before} == before  # nothing finished was computed again
+        assert not (tmp_path / "broken" / RECORD).exists()
+    assert kills == 2
+    known = evaluations(cache)
+    process = started(zoo_file, tmp_path / "broken", cache)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err.decode()
+    assert {key: evaluations(cache)[key] for key in known} == known
+    whole = started(zoo_file, tmp_path / "unbroken", tmp_path / "other")
+    assert whole.communicate(timeout=120) is not None
+    assert (tmp_path / "broken" / RECORD).read_bytes() == (tmp_path / "unbroken" / RECORD).read_bytes()
