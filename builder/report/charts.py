@@ -21,7 +21,7 @@ LABEL = 34
 """So many letters of a name fit beside a chart; pointing at it tells the rest."""
 ROW = 15
 STANDING, GAIN = 290, 112
-SPARK, SPARK_HEIGHT = 146, 46
+SPARK, SPARK_HEIGHT = 132, 46
 WIDE, TALL, LEFT, RIGHT, TOP, BOTTOM = 1000, 340, 66, 14, 28, 44
 BARS, BAR, NUMBER = 480, 24, 52
 CELL, CELL_HEIGHT = 84, 28

@@ -29,7 +29,7 @@ RULES = {
 }
 NOTES = {
     "average": "The next best model joins the uniform mean of all that are in.",
-    "coefficient": "The next best model m joins the merge M as c M + (1 − c) m. The dashed line is the score to beat.",
+    "coefficient": "The next best model m joins the merge M as c M + (1 − c) m.",
     "similarity": "As coefficient, but next is the model that is {similar} similar to the merge so far.",
 }
 
