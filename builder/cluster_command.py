@@ -163,7 +163,7 @@ def _print(zoo: Zoo, on: On, found: Sequence[_Found]) -> None:
             print("  " + "  ".join(cells).rstrip())
         print()
     said = zoo.cluster
-    print(f"{len(clusters)} clusters at {said.threshold:g}, {said.linkage}, by {on}:")
+    print(f"{len(clusters)} cluster{'s' * (len(clusters) > 1)} at {said.threshold:g}, {said.linkage}, by {on}:")
     for i, group in enumerate(clusters, 1):
         print(f"  {i}: {', '.join(group)}")
 
