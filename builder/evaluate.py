@@ -66,6 +66,7 @@ class Evaluator:
             if not self._loaded and self.zoo.test is not None:
                 tasks.check_sources(self.zoo.proxy.tasks, self.zoo.test.tasks)
             self._loaded[split] = [tasks.load(spec) for spec in self.specs(split)]
+            _check_names(self._loaded[split])
             tasks.check_apart(list(self._loaded.values()))
             for task in self._loaded[split]:
                 self._check(task)
@@ -191,6 +192,12 @@ class Evaluator:
             "members": [digests[name] for name in candidate.members],
             "recipe": json.loads(json.dumps(_anonymous(candidate.said, digests))),
         }
+
+
+def _check_names(loaded: Sequence[Task]) -> None:
+    names = [task.name for task in loaded]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ZooError(f"two tasks are called {twice}: change `task:` in one of their files")
 
 
 def _fewshot(said: int | Mapping[str, int] | None, task: str) -> int | None:

@@ -10,7 +10,7 @@ from pydantic.main import IncEx
 
 from builder import experts, explore, files, fit_router, select
 from builder.candidate import Candidate, whole
-from builder.config import Zoo
+from builder.config import Zoo, is_task_file
 from builder.errors import BuildError, ZooError
 from builder.evaluate import Evaluator, places
 from builder.executors import Executor
@@ -96,7 +96,11 @@ def _digest(zoo: Zoo, members: Members) -> str:
         "bases": {"__all__": words},
         "models": {"__all__": words},
     }
-    return digest(zoo.model_dump_json(exclude=told), *(member.sha256 for member in members.values()))
+    for part in ("proxy", "test"):
+        told[part] = {"tasks"}
+    asked = [*zoo.proxy.tasks, *(zoo.test.tasks if zoo.test else ())]
+    named = [bundle.digest(Path(task)).sha256 if is_task_file(task) else task for task in asked]
+    return digest(zoo.model_dump_json(exclude=told), *named, *(member.sha256 for member in members.values()))
 
 
 def _is_there(out: Path, inputs: str) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 # Before torch loads: threads that spin collapse when anything else runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
-
-from pathlib import Path
+# Before datasets loads: what tests prepare is not the user's.
+os.environ.setdefault("HF_DATASETS_CACHE", str(Path(tempfile.gettempdir()) / "modelglue-tests" / "datasets"))
 
 import pytest
 

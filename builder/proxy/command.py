@@ -139,6 +139,6 @@ def _print(summary: Mapping[str, Mapping[str, Any]], loaded: Sequence[Task]) -> 
             also = ", ".join(
                 f"{key} {each['mean']:.4f}" for key, each in facts["metrics"].items() if key != task.metric
             )
-            score = f"{own['mean']:.4f} ({own['low']:.4f} to {own['high']:.4f})"
+            score = f"{own['mean']:.3f} ({own['low']:.3f} to {own['high']:.3f})"
             shown.add_row("" if place else name, task.name, str(facts["samples"]), task.metric, score, also)
     print_table(shown)

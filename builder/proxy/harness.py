@@ -53,7 +53,8 @@ def load(spec: Spec) -> Task:
     first = parts[0]
     digest = hashlib.sha256(json.dumps([spec.name, facts], default=str, sort_keys=True).encode()).hexdigest()
     runs_code = any(part.config.unsafe_code for part in parts)
-    return Task(spec.name, tuple(samples), _primary(first), digest, runs_code)
+    name = first.config.task if is_task_file(spec.name) else spec.name
+    return Task(name, tuple(samples), _primary(first), digest, runs_code)
 
 
 def sources(name: str) -> tuple[tuple[str, ...], ...]:

@@ -42,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """Samples, and which of their metrics is the task's score.
+    """Samples, and which of their metrics is the task's score; a YAML file's task is called as the file says.
 
     digest: of all that decides a score beside the model. runs_code: whether scoring runs programs that the model wrote.
     """
