@@ -25,6 +25,7 @@ import lm_eval
 import torch
 import typer
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import logging
 
 from builder.proxy.harness_model import HarnessModel
@@ -118,10 +119,13 @@ def main(
     device: Annotated[str, typer.Option()] = "cpu",
     batch: Annotated[list[int], typer.Option(help="Batch sizes of hf; the fastest counts.")] = [1, 8, 16],  # noqa: B006
     repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch; one suffers least from other work.")] = None,
     only: Annotated[str, typer.Option(help="Tasks whose names contain this.")] = "",
 ) -> None:
     """Print the table."""
     logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
     ours = HarnessModel(Scorer(folder, dtype=getattr(torch, dtype), device=device))
     hf = HFLM(pretrained=str(folder), dtype=dtype, device=device, batch_size=1)
     row(*COLUMNS)
@@ -156,7 +160,12 @@ def run(model: Any, configs: list[Any], limit: int | None = None) -> Run:
     """Let lm_eval evaluate a model."""
     clock = Clock(model)
     found = lm_eval.simple_evaluate(
-        model=clock.model, tasks=configs, limit=limit, bootstrap_iters=0, verbosity="ERROR", log_samples=True
+        model=clock.model,
+        tasks=configs,
+        task_manager=TaskManager(include_defaults=False),
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
     )
     clock.stop()
     names = [config["task"] for config in configs]

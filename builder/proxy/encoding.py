@@ -107,13 +107,13 @@ class Encoder:
         """Spaces that end the prompt belong to the continuation's first token; the prompt's own count splits."""
         tokens = texts[self._joined(prompt, continuation)]
         start = len(texts[self._whole(prompt.rstrip())]) if prompt else 0
-        if start == 0:
+        # Where a token spans the border the whole can be as short as the prompt; then its last token decides.
+        start = min(start, len(tokens) - 1 if continuation else len(tokens))
+        if start < 1:
             start = 1
             if tokens[:1] != self._prefix or not self._prefix:
                 tokens = [*self._require_prefix(), *tokens]
-        # Where a token spans the border the whole can be as short as the prompt; then its last token decides.
-        last = len(tokens) - 1 if continuation else len(tokens)
-        return self._cut(tokens, max(1, min(start, last)))
+        return self._cut(tokens, start)
 
     def _windows(self, tokens: list[int]) -> Iterator[Row]:
         """Every token is scored once, in windows as long as the model reads; only the last overlaps another."""

@@ -63,7 +63,6 @@ class Scorer:
             raise CheckpointError(f"{folder} cannot be loaded: {exc}") from exc
         self._model: Any = model.to(self._device).eval()
         self._encoder = Encoder(self._tokenizer, self.max_length)
-        self._stops = Stops(self._model, self._tokenizer)
         self._limit: int | None = None  # how long a path may be to be packed, once that is known
 
     @property
@@ -146,10 +145,11 @@ class Scorer:
         prompts = self._encoder.prompts([request for _, request in requests])
         if not prompts:
             return
+        stops = Stops(self._model, self._tokenizer)
         packs = self._packs(len(prompt.tokens) + prompt.max_tokens for prompt in prompts)
         write = greedy.answers if packs else padded.answers
-        for n, tokens in write(self._model, self._stops, prompts):
-            yield requests[n][0], self._stops.text(prompts[n], tokens)
+        for n, tokens in write(self._model, stops, prompts):
+            yield requests[n][0], stops.text(prompts[n], tokens)
 
     def _packs(self, lengths: Iterable[int]) -> bool:
         """Whether so long paths can be packed: the model is tried on first use."""
