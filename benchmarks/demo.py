@@ -14,12 +14,15 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from builder.candidate import Kin, whole
+from builder.checkpoints import Checkpoint
 from builder.config import Zoo, load_zoo
-from builder.merge import simple, stream
 from builder.progress import Quiet
 from builder.proxy import tasks
-from builder.proxy.items import Item
-from builder.proxy.scorer import Score, Scorer
+from builder.proxy.bench import Bench, Place
+from builder.proxy.requests import Choices
+from builder.proxy.scorer import Scorer
+from builder.proxy.task import Metrics, Spec
 from builder.search.average import uniform
 from builder.sources import Store
 from builder.zoos.demo import texts
@@ -45,53 +48,56 @@ def main(
 def perplexities(folders: dict[str, Path], data: Path) -> None:
     """Expert x domain perplexity on public text that no adapter saw."""
     held_out = {
-        domain: [Item("", (example.plain[:LONGEST],), 0) for example in texts.load(domain, data).held_out]
+        domain: [Choices("", (example.plain[:LONGEST],)) for example in texts.load(domain, data).held_out]
         for domain in texts.DOMAINS
     }
     row("held-out perplexity", *held_out)
     row(*["---"] * (len(held_out) + 1))
     for name, folder in folders.items():
         scorer = Scorer(folder)
-        values = (perplexity(scorer.score(items)) for items in held_out.values())
-        row(name, *(f"{value:.2f}" for value in values))
+        row(name, *(f"{perplexity(scorer, asked):.2f}" for asked in held_out.values()))
     print()
 
 
-def perplexity(scores: Sequence[Score]) -> float:
+def perplexity(scorer: Scorer, asked: Sequence[Choices]) -> float:
     """Geometric mean over the texts."""
-    return math.exp(-float(np.mean([score.log_likelihood for score in scores])))
+    likelihoods = [each for answer in scorer.answer(asked) if isinstance(answer, tuple) for each in answer]
+    return math.exp(-float(np.mean([each.nats / each.tokens for each in likelihoods])))
 
 
 def composed(zoo: Zoo, path: Path, folders: dict[str, Path]) -> None:
     """Test scores of every model, the uniform soup, every expert, and of the experts behind the router."""
-    items = [item for task in zoo.proxy.tasks for item in tasks.load(task, "test", 1000, zoo.seed)]
-    domains = np.array([task for task in zoo.proxy.tasks for _ in tasks.load(task, "test", 1000, zoo.seed)])
+    specs = [Spec(name, "test", None, zoo.seed) for name in zoo.proxy.tasks]
+    samples = [(spec.name, sample) for spec in specs for sample in tasks.load(spec).samples]
+    domains = np.array([name for name, _ in samples])
     read = bundle.read(path)
     models = [model.id for model in zoo.models]
-    scores = {name: Scorer(folders[name]).score(items) for name in (zoo.router.features, *models)}
-    soup = Scorer(folders[models[0]])
-    soup.rewrite(stream.tensors(simple.of_members("linear", uniform(models), folders)))
-    scores["uniform soup"] = soup.score(items)
-    for name in read.manifest.names:
-        if name not in scores:
-            scores[f"{name} (merged)"] = Scorer(read.folder(name)).score(items)
+    merged = {f"{name} (merged)": read.folder(name) for name in read.manifest.names if name not in folders}
+    bench = Bench({name: Place(folder) for name, folder in {**folders, **merged}.items()})
+    kin = Kin.of({name: Checkpoint(folders[name]) for name in models}, None, None)
+    asked = {name: whole(name) for name in (zoo.router.features, *models)}
+    asked |= {"uniform soup": kin.linear(uniform(models))} | {name: whole(name) for name in merged}
+    scores: dict[str, list[Metrics]] = {}
+    for name, candidate in asked.items():
+        found = bench.score(candidate, specs).metrics
+        scores[name] = [metrics for spec in specs for metrics in found[spec.name]]
     label = {name: name if name in scores else f"{name} (merged)" for name in read.manifest.names}
-    picks = [read.router.route(item.prompt).expert for item in items]
+    picks = [read.router.route(sample.prompt).expert for _, sample in samples]
     scores["composed (routed)"] = [scores[label[pick]][i] for i, pick in enumerate(picks)]
     scores["composed (perfect router)"] = [
-        max((scores[label[name]][i] for name in read.manifest.names), key=lambda score: score.log_likelihood)
-        for i in range(len(items))
+        max((scores[label[name]][i] for name in read.manifest.names), key=lambda metrics: metrics["log_likelihood"])
+        for i in range(len(samples))
     ]
     table(scores, domains)
     print_picks(picks, domains, read.manifest.names)
 
 
-def table(scores: dict[str, list[Score]], domains: np.ndarray) -> None:
+def table(scores: dict[str, list[Metrics]], domains: np.ndarray) -> None:
     """Mean log-likelihood by domain, over all with its interval, accuracy, and the routed gain paired with each."""
     names = list(dict.fromkeys(domains))
     row("test split", *names, "mean (95 %)", "accuracy", "composed minus this (95 %)")
     row(*["---"] * (len(names) + 4))
-    nats = {name: np.array([score.log_likelihood for score in own]) for name, own in scores.items()}
+    nats = {name: np.array([metrics["log_likelihood"] for metrics in own]) for name, own in scores.items()}
     for name, own in nats.items():
         low, high = interval(own, 0)
         gain = nats["composed (routed)"] - own
@@ -100,7 +106,7 @@ def table(scores: dict[str, list[Score]], domains: np.ndarray) -> None:
             name,
             *(f"{own[domains == domain].mean():.3f}" for domain in names),
             f"{own.mean():.3f} ({low:.3f} to {high:.3f})",
-            f"{np.mean([score.accuracy for score in scores[name]]):.3f}",
+            f"{np.mean([metrics['accuracy'] for metrics in scores[name]]):.3f}",
             f"{gain.mean():+.3f} ({gain_low:+.3f} to {gain_high:+.3f})",
         )
     print()

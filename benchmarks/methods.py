@@ -24,7 +24,7 @@ from builder.merge.plan import plan
 from builder.merge.recipe import parse
 from builder.merge.statistics import Kind, measure
 from builder.progress import Quiet
-from builder.proxy.items import Item
+from builder.proxy.requests import Choices
 from builder.proxy.scorer import Scorer
 from builder.sources import Store
 from builder.zoos.demo import texts
@@ -55,7 +55,7 @@ def main(
     """Print the table."""
     folders = {name: fetched.folder for name, fetched in Store(load_zoo("demo")).fetch(Quiet()).items()}
     held_out = {
-        domain: [Item("", (example.plain[:LONGEST],), 0) for example in texts.load(domain, data).held_out[:count]]
+        domain: [Choices("", (example.plain[:LONGEST],)) for example in texts.load(domain, data).held_out[:count]]
         for domain in texts.DOMAINS
     }
     row("held-out perplexity", *held_out, "mean", "says")
@@ -105,10 +105,10 @@ def statistics(kind: Kind, model: str, folders: Mapping[str, Path], data: Path, 
     return out
 
 
-def print_scores(name: str, folder: Path, held_out: Mapping[str, list[Item]]) -> None:
+def print_scores(name: str, folder: Path, held_out: Mapping[str, list[Choices]]) -> None:
     """One row: perplexities, their geometric mean, and what it says first."""
     scorer = Scorer(folder)
-    values = [perplexity(scorer.score(items)) for items in held_out.values()]
+    values = [perplexity(scorer, asked) for asked in held_out.values()]
     row(name, *(f"{value:.2f}" for value in values), f"{geometric_mean(values):.2f}", said(folder))
 
 
