@@ -159,7 +159,7 @@ def _become_program(job: Job, token: int, verdict: int) -> None:
         _set_limits(job, own_count)
         os.chdir(os.path.dirname(job.file))
         os.execve(job.command[0], job.command, job.environment)
-    except OSError as exc:
+    except Exception as exc:
         _send(report, Report(failure=f"cannot run {job.command[0]}: {exc}"))
     finally:
         os._exit(1)
@@ -198,11 +198,15 @@ def _set_limits(job: Job, own_count: bool) -> None:
     elif not job.pid_namespace:
         wanted[resource.RLIMIT_NPROC] = job.processes + _tasks_of(os.getuid())
     for kind, value in wanted.items():
-        _, hard = resource.getrlimit(kind)
-        most = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        # Past the soft limit of CPU seconds comes a signal with a name of its own, past the hard one SIGKILL.
-        spare = 1 if kind == resource.RLIMIT_CPU and most == value and hard != value else 0
-        resource.setrlimit(kind, (most, most + spare))
+        # Past the soft limit of CPU seconds comes a signal of their own, past the hard one SIGKILL.
+        _lower(kind, value, value + 1 if kind == resource.RLIMIT_CPU else value)
+
+
+def _lower(kind: int, soft: int, hard: int) -> None:
+    _, most = resource.getrlimit(kind)
+    if most != resource.RLIM_INFINITY:
+        soft, hard = min(soft, most), min(hard, most)
+    resource.setrlimit(kind, (soft, hard))
 
 
 def _kernel() -> tuple[int, ...]:
