@@ -99,9 +99,10 @@ def short(name: str, letters: int = LABEL) -> str:
 
 def whiskers(marks: Sequence[Mark], scale: Scale, digits: int) -> Markup:
     """Estimates below one another on a scale that other rows share."""
-    height = ROW * len(marks) + 6
+    height = max(ROW * len(marks) + 6, 38)
+    top = (height - ROW * len(marks)) / 2
     lines = "".join(_line(scale.at(tick), 0, scale.at(tick), height, "grid") for tick in scale.ticks(5))
-    shown = "".join(_whisker(mark, scale, ROW * i + ROW / 2 + 3, digits) for i, mark in enumerate(marks))
+    shown = "".join(_whisker(mark, scale, top + ROW * (i + 0.5), digits) for i, mark in enumerate(marks))
     label = "; ".join(f"{mark.name}: {interval(mark.estimate, digits)}" for mark in marks)
     return _svg(scale.end + 14, height, label, lines + shown, "whiskers")
 

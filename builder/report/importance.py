@@ -42,7 +42,8 @@ def importance(trials: Sequence[TrialRecord], search: Mapping[str, Any], seed: i
     said, groups, bounds = scored[0][0], search["groups"], dict(RANGES) | search["ranges"]
     words = {name: label for name, label in labels(said, groups).items() if name.split(" ")[0] in bounds}
     names = list(words)
-    values_TP = np.array([[numbers(each, groups)[name] for name in names] for each, _ in scored])
+    read = [numbers(each, groups) for each, _ in scored]
+    values_TP = np.array([[each[name] for name in names] for each in read])
     scores_T = np.array([score for _, score in scored])
     shares_FP = _forests(names, values_TP, scores_T, [bounds[name.split(" ")[0]] for name in names], seed)
     if not len(shares_FP):

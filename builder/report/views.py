@@ -20,8 +20,8 @@ from builder.report.heatmap import heatmap
 from builder.report.importance import Importance, importance
 from builder.report.trials import EVOLVED, WITH_GRID, Step, by_strategy, failures, kept, steps, top
 
-MOST_BARS = 14
-"""So many of the most important numbers are drawn."""
+MOST_BARS, LEAST = 14, 0.005
+"""So many of the most important numbers are drawn, where they round to more than nothing."""
 RULES = {
     "paper": "A merge is taken where it scores no less than what was found before it.",
     "paired": "A merge is taken where its gain over what was found before it is above zero in a paired bootstrap, at "
@@ -87,14 +87,19 @@ class Evolution:
         return sum(trial.accepted for trial in self.trials)
 
     @property
+    def drawn(self) -> int:
+        """How many of the most important numbers are drawn."""
+        return sum(each.mean >= LEAST for each in self.importance[:MOST_BARS])
+
+    @property
     def bars(self) -> list[Bar]:
         """The most important numbers."""
-        return [Bar(each.label, each.mean, each.low, each.high) for each in self.importance[:MOST_BARS]]
+        return [Bar(each.label, each.mean, each.low, each.high) for each in self.importance[: self.drawn]]
 
     @property
     def others(self) -> tuple[Importance, ...]:
         """Those that are not drawn."""
-        return self.importance[MOST_BARS:]
+        return self.importance[self.drawn :]
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,7 +213,7 @@ def test_a_search_shows_every_part(page: Any) -> None:
         "Evolution: which numbers matter",
         "Heuristic+evolution: which numbers matter",
         "merge_method: linear",
-        "1 failed: the merge holds a number that is not finite",
+        "failed: the merge holds a number that is not finite",
         "All 52 trials as a table",
     ):
         assert part in said, part
