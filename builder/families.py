@@ -24,14 +24,17 @@ PAIR = "pair"
 def families(
     zoo: Zoo, members: Members, journal: Journal, progress: Progress, on: On = "weights"
 ) -> list[FamilyRecord]:
-    """The zoo's models by architecture, in its order, with their similarities, by weights or by deltas from the base.
+    """The zoo's models by architecture, in its order, with their similarities by weights; or by deltas, where models of
+    one architecture and another base are another family.
 
-    Raises ZooError where a family has no base of its own.
+    Raises ZooError for a model that names no base, or one of other shapes.
     """
     groups: dict[str, list[str]] = {}
     for model in zoo.models:
-        groups.setdefault(family_key(members[model.id].checkpoint), []).append(model.id)
-    bases = {key: _base(key, names, zoo, members) if on == "deltas" else None for key, names in groups.items()}
+        key = family_key(members[model.id].checkpoint)
+        # Deltas are alike or not from one base alone.
+        groups.setdefault(f"{key}, deltas from {model.base}" if on == "deltas" else key, []).append(model.id)
+    bases = {key: _base(names, zoo, members) if on == "deltas" else None for key, names in groups.items()}
     found = {
         key: measure([members[name] for name in names], bases[key], journal, progress) for key, names in groups.items()
     }
@@ -85,24 +88,19 @@ def _bytes(member: Member) -> int:
     return sum(member.checkpoint.tensors[name].bytes for name in matrices(member.checkpoint))
 
 
-def _base(key: str, names: Sequence[str], zoo: Zoo, members: Members) -> Member:
-    """The one base of a family. Raises ZooError."""
-    by_name = {model.id: model.base for model in zoo.models}
+def _base(names: Sequence[str], zoo: Zoo, members: Members) -> Member:
+    """The base that models of one architecture name. Raises ZooError."""
     first = names[0]
-    for name in names:
-        if by_name[name] != by_name[first]:
-            raise ZooError(
-                f"{first} and {name} are of one architecture and have the bases {by_name[first]} and {by_name[name]}: "
-                "deltas are alike or not only from one base; change `base`, or use --on weights"
-            )
-    base = by_name[first]
+    base = next(model.base for model in zoo.models if model.id == first)
     if base is None:
         raise _no_base(first)
-    if family_key(members[base].checkpoint) != key:
-        raise ZooError(
-            f"{first} is of another architecture than its base {base}, so no deltas are to be had: name the model "
-            "that it was tuned from, or use --on weights"
-        )
+    own, theirs = members[first].checkpoint, members[base].checkpoint
+    for name in matrices(own):
+        if name not in theirs.tensors or theirs.tensors[name].shape != own.tensors[name].shape:
+            raise ZooError(
+                f"{first} is of another architecture than its base {base} ({name}), so no deltas are to be had: name "
+                "the model that it was tuned from, or use --on weights"
+            )
     return members[base]
 
 
