@@ -25,6 +25,7 @@ from typing import NamedTuple
 VERDICT, TOKEN = 3, 4
 """The program's descriptors, beside 0 to 2: its last line copies the one's token to the other."""
 
+_LET_GO = "stopped"
 _TICK_MS = 20
 _OPEN_FILES = 64
 _INODES = 4096
@@ -132,6 +133,8 @@ def _run(job: Job) -> Report:
     status, stopped = _watch(job, child)
     if not job.pid_namespace:
         _end_descendants(child)
+        if stopped == _LET_GO:
+            _remove(os.path.dirname(job.file))  # the caller may be gone, and can remove it no more
     os.set_blocking(verdict, False)
     with contextlib.suppress(BlockingIOError):
         return Report(child, status, os.read(verdict, len(secret)) == secret, stopped)
@@ -238,7 +241,7 @@ def _watch(job: Job, child: int) -> tuple[int | None, str | None]:
         if status is not None:
             return status, None
         if any(descriptor == job.lifeline for descriptor, _ in ready):
-            return None, "stopped"
+            return None, _LET_GO
         if time.monotonic() > deadline:
             return None, "timed out"
         if excess := _excess(job):
@@ -300,6 +303,12 @@ def _end_descendants(group: int) -> None:
         except ChildProcessError:  # no child is left, hence no descendant: orphans come to this process
             return
         time.sleep(0.002)
+
+
+def _remove(folder: str) -> None:
+    import shutil  # seldom needed, and slow to import
+
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # The namespaces.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -242,21 +242,25 @@ def test_a_program_that_kills_its_parent_does_not_pass(mechanism: Mechanism) -> 
     assert not sandbox(mechanism, wall_seconds=1).run(program).passed
 
 
-def test_all_ends_when_the_caller_is_killed(mechanism: Mechanism) -> None:
+def test_all_ends_when_the_caller_is_killed(mechanism: Mechanism, tmp_path: Path) -> None:
     endless = "import os, time\nif os.fork() == 0: os.setsid()\ntime.sleep(60)"
+    call = f"Sandbox(mechanism={mechanism!r}, unsafe=True).run({endless!r})"
     caller = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"from tests.builder.proxy.test_sandbox import *\nsandbox({mechanism!r}).run({endless!r})",
-        ]
+        [sys.executable, "-c", f"from builder.proxy.sandbox import Sandbox\n{call}"],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
-    give_up = time.monotonic() + 20
-    while count_of("program.py", caller.pid) < 2:
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
+    wait_until(lambda: count_of("program.py", caller.pid) >= 2)
     caller.kill()
-    caller.wait()  # the rest is nothing_is_left_running's
+    caller.wait()  # whether processes are left is nothing_is_left_running's to see
+    wait_until(lambda: not list(tmp_path.iterdir()))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
 
 
 def count_of(word: str, pid: int) -> int:
