@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def table(*columns: str) -> Any:
-    """A table with these columns; a long source is folded, not cut."""
+    """A table with these columns; what is too long is folded, not cut."""
     from rich.table import Column, Table
 
-    return Table(*(Column(name, overflow="fold") if name == "source" else name for name in columns))
+    return Table(*(Column(name, overflow="fold") for name in columns))
 
 
 def print_table(shown: Any) -> None:

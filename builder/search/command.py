@@ -198,15 +198,21 @@ def _facts(record: SearchRecord) -> dict[str, Any]:
 def _print(record: SearchRecord, out: Path) -> None:
     from builder.show import print_table, table
 
-    shown = table("cluster", "model", f"{record.metric} (95 %)", *record.tasks)
     for cluster in record.clusters:
-        for place, one in enumerate(cluster.standings):
-            tasks = [f"{one.tasks[task].mean:.4f}" for task in record.tasks]
-            shown.add_row("" if place else ", ".join(cluster.models), one.name, _interval(one.score), *tasks)
-    print_table(shown)
-    tried = sum(len(cluster.trials) for cluster in record.clusters)
-    print(f"{tried} trials over {record.samples} samples; {out} holds the record and the recipes: builder report {out}")
+        if len(cluster.models) == 1:
+            print(f"{cluster.models[0]}: nothing to merge it with; {record.metric} {cluster.score:.4f}")
+            continue
+        print(f"\n{', '.join(cluster.models)}; {record.metric}, higher is better:")
+        shown = table("model", "score", "95 %", *record.tasks)
+        for one in cluster.standings:
+            tasks = [f"{one.tasks[task].mean:.3f}" for task in record.tasks]
+            shown.add_row(one.name, f"{one.score.mean:.4f}", _interval(one.score), *tasks)
+        print_table(shown)
+        tried, failed = len(cluster.trials), sum(trial.failure is not None for trial in cluster.trials)
+        weights = ", ".join(f"{name} {weight:.3g}" for name, weight in cluster.weights.items())
+        print(f"kept: {weights} ({cluster.method}); {tried} trials, {failed} failed")
+    print(f"\n{out} holds the record and the recipes, scored on {record.samples} samples: builder report {out}")
 
 
 def _interval(score: Estimate) -> str:
-    return f"{score.mean:.4f} ({score.low:.4f} to {score.high:.4f})"
+    return f"{score.low:.3f} to {score.high:.3f}"
