@@ -66,10 +66,9 @@ def _forests(
     rng, found = np.random.default_rng(seed), []
     for forest in range(FORESTS):
         drawn = rng.integers(0, len(scores_T), len(scores_T))
-        if np.ptp(scores_T[drawn]) > 0:
-            shares = _fanova(_study(names, values_TP[drawn], scores_T[drawn], bounds), seed + forest)
-            if shares is not None:
-                found.append([shares[name] for name in names])
+        shares = _fanova(_study(names, values_TP[drawn], scores_T[drawn], bounds), seed + forest)
+        if shares is not None:
+            found.append([shares[name] for name in names])
     return np.array(found)
 
 
@@ -103,5 +102,5 @@ def _fanova(study: optuna.Study, seed: int) -> dict[str, float] | None:
     evaluator = FanovaImportanceEvaluator(n_trees=TREES, max_depth=DEPTH, seed=seed)
     try:
         return get_param_importances(study, evaluator=evaluator)
-    except RuntimeError:  # every tree of the forest is a single leaf
+    except RuntimeError:  # the scores that were drawn are all equal
         return None

@@ -299,6 +299,8 @@ def test_the_line_of_the_history_goes_through_the_best_so_far() -> None:
     dots = [float(y) for y in re.findall(r'<circle class="left"[^>]*cy="([^"]*)"', drawn)]
     heights = [float(y) for y in re.findall(r"(?:M[\d.]+ |V)([\d.]+)", line)]
     assert heights == [dots[0], dots[0], dots[1], dots[1]]
+    wide = (charts.WIDE - charts.RIGHT - charts.LEFT) / 4
+    assert re.findall(r"[MH]([\d.]+)", line) == [f"{charts.LEFT + wide * place:.1f}" for place in range(5)]
     assert drawn.count('class="cross"') == 1
 
 
@@ -369,8 +371,19 @@ def test_a_merge_with_layer_groups_shows_members_by_groups(page: Any) -> None:
     found = page(record(cluster(["m1", "m2"], trials, trials[3]), groups=2))
     for word in ("layers 0–1", "layers 2–3", "outside"):
         assert f">{word}</text>" in found
-    value = shares(trials[3].said, rows(trials[3].said, 2))[0].values[2]
-    assert f">{value:.2f}</text>" in found
+    shown = shares(trials[3].said, rows(trials[3].said, 2))
+    (drawn,) = re.findall(r'<svg class="chart layers".*?</svg>', found)
+    cells = re.findall(r">(\d\.\d\d)</text>", drawn)
+    assert cells == [f"{value:.2f}" for row in shown for value in row.values]
+
+
+def test_a_whisker_lies_where_its_interval_is() -> None:
+    mark = charts.Mark("m1", Estimate(mean=0.612, low=0.551, high=0.674), "merge")
+    drawn = charts.whiskers([mark], charts.Scale(0, 1, 0, 100), 3)
+    assert '<line class="reach" x1="55.1"' in drawn
+    assert 'x2="67.4"' in drawn
+    assert "M61.2 " in drawn
+    assert "<title>m1: 0.612 (0.551 to 0.674)</title>" in drawn
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0001])
@@ -382,7 +395,7 @@ def test_zero_has_no_minus(value: float) -> None:
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.71, -3.70), (1e-5, 3e-5), (-200.0, 1000.0)])
 def test_ticks_are_few_and_inside(low: float, high: float) -> None:
     ticks = charts.Scale(low, high, 0, 100).ticks(5)
-    assert 1 <= len(ticks) <= 6
+    assert 3 <= len(ticks) <= 6
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
 
 
@@ -405,3 +418,10 @@ def test_a_bundle_shows_its_search_its_experts_and_its_router(micro_bundle: Path
     said = words(page)
     for part in ("how this bundle came about", "The experts", "The router's choices", "Every merge that was tried"):
         assert part in said, part
+
+
+def test_a_bundle_whose_record_is_of_another_release_says_to_build_it_again(micro_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes((micro_bundle / "manifest.json").read_bytes())
+    (tmp_path / "build.json").write_text('{"zoo": "micro"}', "utf-8")
+    with pytest.raises(BundleError, match="build the bundle again"):
+        render(tmp_path)
