@@ -266,6 +266,21 @@ def test_a_models_own_repetition_penalty_counts(folder: Path) -> None:
     assert scorer.answer(asked) != plain
 
 
+def test_a_prompt_that_leaves_no_room_for_its_answer_loses_its_beginning(scorer: Scorer) -> None:
+    request = Generation(" größer" + FEWSHOT * 6, (), 20)
+    assert len(scorer.tokenizer.encode(request.prompt)) > LENGTH
+    assert scorer.answer([request]) == [reference(scorer, request)]
+
+
+def test_a_model_that_takes_our_mask_for_something_else_is_not_packed(scorer: Scorer) -> None:
+    class Deaf(LlamaForCausalLM):  # type: ignore[misc] # transformers is untyped to us
+        def forward(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, **rest: Any) -> Any:
+            return super().forward(input_ids, position_ids=position_ids, **rest)
+
+    assert packed.fits(scorer.model) > 0
+    assert packed.fits(Deaf(scorer.model.config).eval()) == 0
+
+
 def test_an_answer_that_leaves_no_room_for_its_prompt_is_refused(scorer: Scorer) -> None:
     with pytest.raises(BuildError, match="ask for fewer"):
         scorer.answer([Generation("the owl", (), LENGTH)])
