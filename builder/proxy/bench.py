@@ -98,15 +98,17 @@ class Bench:
 def answer(
     scorer: Scorer, asked: Sequence[Task], done: Callable[[int], None] = lambda _: None
 ) -> dict[str, list[Metrics]]:
-    """The metrics of every sample of tasks, all their requests batched together."""
-    samples = [sample for task in asked for sample in task.samples]
-    answers = scorer.answer([request for sample in samples for request in sample.requests], done)
+    """The metrics of every sample of tasks.
+
+    A task's requests are batched by themselves: its scores are the same to the last bit whatever else is asked, as they
+    must be where a search that was killed has some of them already.
+    """
     found: dict[str, list[Metrics]] = {}
-    at = 0
     for task in asked:
-        own = []
+        answers = scorer.answer([request for sample in task.samples for request in sample.requests], done)
+        by_sample, at = [], 0
         for sample in task.samples:
-            own.append(answers[at : at + len(sample.requests)])
+            by_sample.append(answers[at : at + len(sample.requests)])
             at += len(sample.requests)
-        found[task.name] = task.score(own)
+        found[task.name] = task.score(by_sample)
     return found

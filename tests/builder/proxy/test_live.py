@@ -100,6 +100,13 @@ def test_a_merge_scores_in_memory_as_it_does_from_disk(kin: Kin, micro_zoo: Mapp
         assert found.metrics == again.metrics
 
 
+def test_a_tasks_scores_do_not_depend_on_what_else_is_asked(micro_zoo: Mapping[str, Path]) -> None:
+    bench = Bench(places(micro_zoo))
+    together = bench.score(whole("math"), SPECS).metrics
+    alone = [bench.score(whole("math"), [spec]).metrics for spec in SPECS]
+    assert together == alone[0] | alone[1]
+
+
 def test_a_lone_model_is_scored_as_it_is(micro_zoo: Mapping[str, Path]) -> None:
     bench = Bench(places(micro_zoo))
     own = bench.score(whole("math"), SPECS).metrics

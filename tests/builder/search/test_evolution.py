@@ -232,3 +232,33 @@ def test_a_shared_storage_holds_the_trials_and_a_second_machine_goes_on(tmp_path
         evolution(search)
         counts.append(len(landscape.candidates))
     assert counts == [4, 3]
+
+
+def test_an_evolution_that_was_killed_asks_for_nothing_twice_and_ends_the_same() -> None:
+    whole = problem(SINGLES, Landscape(quadratic), trials=40)
+    expected = evolution(whole)
+    for survived in (1, 5, 11, 23):
+        memory = Memory(survived)
+        with pytest.raises(KeyboardInterrupt):
+            evolution(problem(SINGLES, Landscape(memory), trials=40))
+        memory.limit = 1000
+        again = problem(SINGLES, Landscape(memory), trials=40)
+        assert evolution(again).candidate == expected.candidate
+        assert [trial.score for trial in again.trials] == [trial.score for trial in whole.trials]
+        assert memory.asked == 40 + 1  # the one that was cut short
+
+
+class Memory:
+    """A score that is computed once, and breaks off after so many."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.asked, self.known = limit, 0, dict[str, float]()
+
+    def __call__(self, weights: Mapping[str, float]) -> float:
+        key = str(weights)
+        if key not in self.known:
+            self.asked += 1
+            if self.asked > self.limit:
+                raise KeyboardInterrupt
+            self.known[key] = quadratic(weights)
+        return self.known[key]
