@@ -20,6 +20,10 @@ from builder.proxy.trie import plant
 
 ANSWERS = {"cpu": 16, "cuda": 64}
 """How many answers are written at a time."""
+KEYS = {"cpu": 3000, "cuda": 30000}
+"""How many keys each new token may be compared with though few are its own."""
+ROWS = {"cpu": 8, "cuda": 32}
+"""How many answers are written at a time in padded rows."""
 UNUSED = 0.2
 """What part of the keys and values may be of nobody's use before they are dropped: to drop some copies the others."""
 
@@ -47,6 +51,21 @@ def answers(model: Any, stops: Stops, prompts: Sequence[Prompt]) -> Iterator[tup
         for answer in [each for each in writer.writing if stops.met(each.prompt, each.tokens)]:
             writer.dismiss(answer)
             yield answer.index, answer.tokens
+
+
+def worthwhile(model: Any, prompts: Sequence[Prompt]) -> bool:
+    """Whether packed rows beat padded ones: every token is compared with all keys, so prompts must share or be few."""
+    places, device = ANSWERS.get(model.device.type, ANSWERS["cuda"]), model.device.type
+    nodes = len(plant([prompt.tokens for prompt in prompts], [0] * len(prompts)))
+    keys = nodes * min(1.0, places / len(prompts))
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    return keys <= max(KEYS.get(device, KEYS["cuda"]), 4 * longest)
+
+
+def rows(model: Any) -> int:
+    """How many padded rows a model may write at a time; one where padding would count as what was said before."""
+    penalty = model.generation_config.repetition_penalty or 1.0
+    return ROWS.get(model.device.type, ROWS["cuda"]) if penalty == 1.0 else 1
 
 
 class _Writer:

@@ -1,4 +1,4 @@
-"""Scores rows and writes answers with any causal model, however it attends: in padded batches, prompt by prompt."""
+"""Scores rows and writes answers with any causal model, however it attends: in padded batches."""
 
 from __future__ import annotations
 
@@ -28,24 +28,39 @@ def likelihoods(model: Any, rows: Sequence[Row]) -> Iterator[tuple[int, Likeliho
                 yield i, _likelihood(rows[i], logits_SV[rows[i].start - 1 - first :])
 
 
-def answers(model: Any, stops: Stops, prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[int]]]:
-    """The tokens that transformers' own greedy generation writes after each prompt, by its index."""
-    for i, prompt in enumerate(prompts):
-        ids = torch.from_numpy(prompt.tokens).to(model.device)[None]
+def answers(model: Any, stops: Stops, prompts: Sequence[Prompt], rows: int = 1) -> Iterator[tuple[int, list[int]]]:
+    """The tokens that transformers' own greedy generation writes, by the prompt's index, so many rows at a time."""
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].tokens), i))
+    for first in range(0, len(order), rows):
+        batch = order[first : first + rows]
+        yield from zip(batch, _written(model, stops, [prompts[i] for i in batch]), strict=True)
 
-        def met(ids: Tensor, _scores: Any, prompt: Prompt = prompt, **_: Any) -> Tensor:
-            return torch.tensor([stops.met(prompt, ids[0, len(prompt.tokens) :].tolist())], device=ids.device)
 
-        with torch.inference_mode():
-            whole = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=prompt.max_tokens,
-                do_sample=False,
-                stopping_criteria=StoppingCriteriaList([met]),
-                pad_token_id=0,  # nothing is padded; without one it warns
-            )
-        yield i, whole[0, len(prompt.tokens) :].tolist()
+@torch.inference_mode()
+def _written(model: Any, stops: Stops, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The answers to prompts, padded on the left; each ends by itself, the batch with its last."""
+    width = max(len(prompt.tokens) for prompt in prompts)
+    ids_BS, mask_BS = (torch.zeros((len(prompts), width), dtype=torch.long) for _ in range(2))
+    for prompt, ids_S, mask_S in zip(prompts, ids_BS, mask_BS, strict=True):
+        ids_S[width - len(prompt.tokens) :] = torch.from_numpy(prompt.tokens)
+        mask_S[width - len(prompt.tokens) :] = 1
+    ended: dict[int, list[int]] = {}
+
+    def met(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        for row, tokens in enumerate(ids[:, width:].tolist()):
+            if row not in ended and stops.met(prompts[row], tokens):
+                ended[row] = tokens
+        return torch.tensor([row in ended for row in range(len(prompts))], device=ids.device)
+
+    model.generate(
+        ids_BS.to(model.device),
+        attention_mask=mask_BS.to(model.device),
+        max_new_tokens=max(prompt.max_tokens for prompt in prompts),
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([met]),
+        pad_token_id=0,
+    )
+    return [ended[row] for row in range(len(prompts))]
 
 
 def _groups(rows: Sequence[Row]) -> list[list[int]]:

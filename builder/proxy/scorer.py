@@ -147,8 +147,11 @@ class Scorer:
             return
         stops = Stops(self._model, self._tokenizer)
         packs = self._packs(len(prompt.tokens) + prompt.max_tokens for prompt in prompts)
-        write = greedy.answers if packs else padded.answers
-        for n, tokens in write(self._model, stops, prompts):
+        if packs and greedy.worthwhile(self._model, prompts):
+            written = greedy.answers(self._model, stops, prompts)
+        else:
+            written = padded.answers(self._model, stops, prompts, greedy.rows(self._model) if packs else 1)
+        for n, tokens in written:
             yield requests[n][0], stops.text(prompts[n], tokens)
 
     def _packs(self, lengths: Iterable[int]) -> bool:

@@ -234,21 +234,29 @@ def test_other_architectures_answer_as_they_do_alone(kind: str, tmp_path: Path) 
         assert same(answer, reference(scorer, request)), request
 
 
-@pytest.mark.parametrize("places", [1, 3, 64])
-def test_answers_are_what_transformers_writes(scorer: Scorer, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("places", "keys"), [(1, 3000), (3, 3000), (64, 3000), (64, 0)])
+def test_answers_are_what_transformers_writes(
+    scorer: Scorer, places: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(greedy.ANSWERS, "cpu", places)
+    monkeypatch.setitem(greedy.KEYS, "cpu", keys)
     monkeypatch.setitem(packed.CHUNK, "cpu", 24)
-    asked = [
-        Generation(f"{FEWSHOT}Question:{word}", (), 3 + number) for number, word in enumerate(["", *WORDS, *WORDS[:3]])
-    ]
+    starts = ["", FEWSHOT] if keys else ["the owl"]
+    words = ["", *WORDS, *WORDS[:3]]
+    asked = [Generation(f"{start}Q{word * 4}", (), 3 + n) for start in starts for n, word in enumerate(words)]
     assert scorer.answer(asked) == [reference(scorer, request) for request in asked]
 
 
-def test_an_answer_ends_at_its_first_stop_string_or_at_eos(scorer: Scorer, folder: Path) -> None:
+def test_an_answer_ends_at_its_first_stop_string_or_at_eos(
+    scorer: Scorer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = scorer.answer([Generation("the owl", (), 30)])[0]
     assert isinstance(whole, str)
     stop = whole[7:9]
-    assert scorer.answer([Generation("the owl", ("never said", stop), 30)]) == [whole.split(stop)[0]]
+    asked = [Generation("the owl", ("never said", stop), 30), Generation("a fox" * 20, (stop,), 4)]
+    assert scorer.answer(asked)[0] == whole.split(stop)[0]
+    monkeypatch.setitem(greedy.KEYS, "cpu", 0)
+    assert scorer.answer(asked)[0] == whole.split(stop)[0]
     ending = Scorer(folder, dtype=torch.float32, device="cpu")
     prompt = torch.tensor([scorer.tokenizer.encode("the owl")])
     ids = scorer.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False)
