@@ -146,22 +146,24 @@ def sparkline(step: Step, digits: int) -> Markup:
 
 
 def history(trials: Sequence[TrialRecord], single: Estimate, single_name: str, digits: int) -> Markup:
-    """Every trial's score in order, the best so far as a step line, and the best single model's score."""
+    """Every trial's score in order, the best so far as a step line, and the best single model's score.
+
+    A whisker is the interval of the gain over the best single model, paired by samples: of the score itself it would
+    be as wide as samples differ, and hide all differences between trials.
+    """
     x = Scale(0.5, len(trials) + 0.5, LEFT, WIDE - RIGHT)
-    y = _heights(trials, single)
-    parts = [_frame(x, y, len(trials)), _bands(trials, x)]
-    parts.append(
-        f'<rect class="single-band" x="{LEFT}" y="{y.at(single.high):.1f}" width="{WIDE - RIGHT - LEFT}" '
-        f'height="{y.at(single.low) - y.at(single.high):.1f}"/>'
-    )
+    y = _heights(trials, single.mean)
     said = f"best single, {single_name}: {interval(single, digits)}"
+    parts = [_frame(x, y, len(trials)), _bands(trials, x)]
     parts.append(_line(LEFT, y.at(single.mean), WIDE - RIGHT, y.at(single.mean), "single-line", said))
-    radius = 2.4 if len(trials) > MANY else 3.6
     parts.append(_steps(trials, x, y))
-    parts.extend(_point(i, trial, x, y, radius, digits) for i, trial in enumerate(trials, 1))
+    radius = 2.4 if len(trials) > MANY else 3.6
+    parts.extend(_point(i, trial, x, y, single.mean, radius, digits) for i, trial in enumerate(trials, 1))
     failed = sum(trial.score is None for trial in trials)
-    label = f"score of each of {len(trials)} trials, {failed} of them failed, with 95 % intervals and the best so far"
-    return _svg(WIDE, TALL, label, "".join(parts), "history")
+    label = f"score of each of {len(trials)} trials, {failed} of them failed, with the intervals of their gains over "
+    return _svg(
+        WIDE, TALL, f"{label}the best single model, {single_name}, and the best so far", "".join(parts), "history"
+    )
 
 
 def bars(given: Sequence[Bar], label: str, digits: int = 2) -> Markup:
@@ -245,14 +247,21 @@ def _cross(x: float, y: float, said: str) -> str:
     return f'<path class="cross" d="M{x - 3.2:.1f} {y - 3.2:.1f}l6.4 6.4m0 -6.4l-6.4 6.4">{_title(said)}</path>'
 
 
-def _heights(trials: Sequence[TrialRecord], single: Estimate) -> Scale:
+def _heights(trials: Sequence[TrialRecord], single: float) -> Scale:
     """From the best trial down to the best single model and most trials; a few that are far worse would flatten all."""
-    scores = [trial.score for trial in trials if trial.score is not None]
-    if not scores:
-        return Scale.over([single.low, single.high], TALL - BOTTOM, TOP)
-    middle, top = median(score.mean for score in scores), max(score.high for score in scores)
-    lowest = max(min(score.low for score in scores), middle - 3 * (top - middle))
-    return Scale.over([top, lowest, single.mean], TALL - BOTTOM, TOP)
+    ends = [_reach(trial, single) for trial in trials if trial.score is not None]
+    if not ends:
+        return Scale.over([single], TALL - BOTTOM, TOP)
+    middle, top = median(mean for mean, _, _ in ends), max(high for _, _, high in ends)
+    lowest = max(min(low for _, low, _ in ends), middle - 3 * (top - middle))
+    return Scale.over([top, lowest, single], TALL - BOTTOM, TOP)
+
+
+def _reach(trial: TrialRecord, single: float) -> tuple[float, float, float]:
+    """A trial's score, and the ends of its gain over the best single model's score, from there."""
+    assert trial.score is not None
+    assert trial.gain is not None
+    return trial.score.mean, single + trial.gain.low, single + trial.gain.high
 
 
 def _frame(x: Scale, y: Scale, count: int) -> str:
@@ -285,18 +294,20 @@ def _kind(strategy: str) -> str:
     return f"by-{strategy.replace('+', '-')}"
 
 
-def _point(place: int, trial: TrialRecord, x: Scale, y: Scale, radius: float, digits: int) -> str:
+def _point(place: int, trial: TrialRecord, x: Scale, y: Scale, single: float, radius: float, digits: int) -> str:
     middle = x.at(place)
     said = f"trial {place}, {trial.strategy}, {trial.tried}"
-    if trial.score is None:
+    if trial.score is None or trial.gain is None:
         return _cross(middle, TALL - BOTTOM, f"{said} failed: {trial.failure}")
-    said += f": {interval(trial.score, digits)}, {'taken' if trial.accepted else 'not taken'}"
-    if trial.score.mean < y.low:
+    said += f": {interval(trial.score, digits)}, over the best single {interval(trial.gain, digits, sign=True)}, "
+    said += "taken" if trial.accepted else "not taken"
+    mean, low, high = _reach(trial, single)
+    if mean < y.low:
         below = f'<path class="below" d="M{middle - 4:.1f} {y.start - 9:.1f}h8l-4 7z"/>'
         return f'<g class="trial {_kind(trial.strategy)}">{_title(said + ", below this chart")}{below}</g>'
-    reach = _line(middle, y.at(trial.score.low), middle, y.at(trial.score.high), "reach")
-    dot = f'<circle class="{"taken" if trial.accepted else "left"}" cx="{middle:.1f}" '
-    dot += f'cy="{y.at(trial.score.mean):.1f}" r="{radius + trial.accepted * 0.8:.1f}"/>'
+    dot = f'<circle class="{"taken" if trial.accepted else "left"}" cx="{middle:.1f}" cy="{y.at(mean):.1f}" '
+    dot += f'r="{radius + trial.accepted * 0.8:.1f}"/>'
+    reach = _line(middle, y.at(low), middle, y.at(high), "reach")
     return f'<g class="trial {_kind(trial.strategy)}">{_title(said)}{reach}{dot}</g>'
 
 

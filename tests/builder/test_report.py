@@ -304,6 +304,18 @@ def test_the_line_of_the_history_goes_through_the_best_so_far() -> None:
     assert drawn.count('class="cross"') == 1
 
 
+def test_a_whisker_of_the_history_is_the_paired_gain_from_the_best_single_models_line() -> None:
+    one = trial("evolution", "trial 0", {"m": 1.0}, {}, 0.6).model_copy(
+        update={"score": around(0.6, 0.4), "gain": Estimate(mean=0.1, low=0.0, high=0.3)}
+    )
+    drawn = charts.history([one], around(0.5, 0.4), "m", 3)
+    (single,) = re.findall(r'class="single-line"[^>]*y1="([^"]*)"', drawn)
+    ((low, high),) = re.findall(r'class="reach"[^>]*y1="([^"]*)"[^>]*y2="([^"]*)"', drawn)
+    (mean,) = re.findall(r'<circle[^>]*cy="([^"]*)"', drawn)
+    assert low == single
+    assert (float(mean) - float(low)) / (float(high) - float(low)) == pytest.approx(1 / 3, abs=0.01)
+
+
 def test_a_trial_that_is_far_worse_is_marked_at_the_edge_and_flattens_nothing() -> None:
     good = [trial("evolution", f"trial {i}", {"m": 1.0}, {}, 0.5 + i / 100) for i in range(9)]
     drawn = charts.history([*good, trial("evolution", "trial 9", {"m": 1.0}, {}, -40.0)], around(0.5), "m", 3)
