@@ -131,6 +131,18 @@ def combine(arrays: Sequence[Array], factors: Sequence[float]) -> Array:
     return total
 
 
+def combine_stored(stored: Sequence[NDArray[Any]], factors: Sequence[float]) -> tuple[Array, bool]:
+    """`combine` of what checkpoints store, and whether all of that is finite."""
+    library = _compiled()
+    if library and all(each.dtype == np.uint16 and each.flags.aligned for each in stored):
+        out = np.empty(stored[0].size, np.float32)
+        coefficients = np.array(factors, np.float32)
+        count = ctypes.c_int64(len(stored))
+        return out, bool(library.combine_bf16(_many(stored), _at(coefficients), count, _at(out), _count(out)))
+    loaded = [load(each) for each in stored]
+    return combine([values for values, _ in loaded], factors), all(finite for _, finite in loaded)
+
+
 def dots(a: Array, b: Array) -> Doubles:
     """Dot products of successive blocks, [ceil(K / BLOCK)]; the last block is as if filled up with zeros."""
     if library := _compiled():

@@ -54,6 +54,7 @@ class Arrays(Protocol):
     def doubles(self, values: Values) -> Values: ...
     def singles(self, values: Values) -> Values: ...
     def combine(self, arrays: Sequence[Values], factors: Sequence[float]) -> Values: ...
+    def combine_stored(self, stored: Sequence[NDArray[Any]], factors: Sequence[float]) -> tuple[Values, bool]: ...
     def dots(self, a: Values, b: Values) -> NDArray[np.float64]: ...
     def row_dots(self, a: Values, b: Values, rows: int) -> NDArray[np.float64]: ...
     def magnitudes(self, a: Values, rows: int | None = None) -> NDArray[np.float64]: ...
@@ -176,6 +177,18 @@ class Inputs:
                     self._load(s, start, stop) for s in self.statistics if s is not None and s.shape == self.shape
                 ],
             )
+
+    def combined(self, factors: Sequence[float]) -> Iterator[Values]:
+        """sum_i c_i x_i by pieces, in one look at what is stored. Raises MergeError for NaN or inf."""
+        step = max(self.piece // kernels.BLOCK, 1) * kernels.BLOCK
+        for start in range(0, self.size, step):
+            stop = min(start + step, self.size)
+            stored = [source.stored(start, stop) for source in self.sources]
+            values, finite = self.arrays.combine_stored(stored, factors)
+            if not finite:
+                for source in self.sources:
+                    self._load(source, start, stop)  # says whose
+            yield values
 
     def _load(self, source: Source, start: int, stop: int) -> Values:
         values, finite = self.arrays.load(source.stored(start, stop))

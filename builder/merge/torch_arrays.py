@@ -69,6 +69,10 @@ class TorchArrays(Arrays):
             total = total + array * _single(factor)
         return total
 
+    def combine_stored(self, stored: Sequence[NDArray[Any]], factors: Sequence[float]) -> tuple[Tensor, bool]:
+        loaded = [self.load(each) for each in stored]
+        return self.combine([values for values, _ in loaded], factors), all(finite for _, finite in loaded)
+
     def dots(self, a: Tensor, b: Tensor) -> NDArray[np.float64]:
         return self.host(_fold(a.double() * b.double()))
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from builder import kernels
 from builder.errors import MergeError
 from builder.merge import stream
 from builder.merge.methods import METHODS
@@ -67,7 +68,7 @@ class Live:
             stored, finite = _rounded(values, output.tensor.dtype)
             if not finite:
                 raise MergeError(f"{output.name} would hold NaN or inf in {output.tensor.dtype}: look at its sources")
-            place[at : at + stored.numel()].copy_(stored)
+            _copy(stored, place[at : at + stored.numel()])
             at += stored.numel()
 
 
@@ -79,6 +80,16 @@ def _said(output: Output, plan: Plan) -> str:
 def _rounded(values: Any, dtype: str) -> tuple[torch.Tensor, bool]:
     """Values as they would be stored, though the model may hold another dtype."""
     if isinstance(values, np.ndarray):
-        values = torch.from_numpy(values)
-    stored = values.to(_STORED[dtype])
-    return stored, bool(torch.isfinite(stored).all())
+        stored, finite = kernels.store(values, dtype)
+        return torch.from_numpy(stored).view(_STORED[dtype]), finite
+    rounded = values.to(_STORED[dtype])
+    return rounded, bool(torch.isfinite(rounded).all())
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """By numpy where it can: torch's threads would stand in the way of the executor's."""
+    if target.device.type == "cpu" and source.dtype == target.dtype:
+        bits = torch.int16 if source.dtype != torch.float32 else torch.int32
+        np.copyto(target.view(bits).numpy(), source.view(bits).numpy())
+    else:
+        target.copy_(source)

@@ -118,6 +118,10 @@ CASES: dict[str, Callable[[Any, int], Any]] = {
     "doubles": lambda arrays, n: arrays.doubles(arrays.device(awkward(n))),
     "singles": lambda arrays, n: arrays.singles(arrays.doubles(arrays.device(awkward(n))) / 3),
     "combine": lambda arrays, n: arrays.combine(on(arrays, *(awkward(n, i) for i in range(3))), [0.3, -1.7, 1e-9]),
+    "combine_stored": lambda arrays, n: (
+        arrays.combine_stored([bits16(n) & 0xBFFF, bits16(n, 1) & 0xBFFF], [0.3, -1.7])
+        + arrays.combine_stored([bits16(n) & 0xBFFF, awkward(n)], [0.3, -1.7])
+    ),
     "dots": lambda arrays, n: arrays.dots(*on(arrays, awkward(n), awkward(n, 1))),
     "row_dots": lambda arrays, n: tuple(
         arrays.row_dots(*on(arrays, awkward(rows * n), awkward(rows * n, 1)), rows) for rows in (1, 2, 3)
@@ -298,6 +302,25 @@ def test_a_combination_rounds_every_product_and_every_sum(everywhere: Any) -> No
 
     for (got,) in everywhere(lambda arrays: arrays.combine(on(arrays, *arrays_), factors)):
         assert got.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("size", [*SIZES, 1023, 1024, 1025])
+def test_stored_inputs_combine_as_loaded_ones_do_and_what_is_not_finite_is_seen(everywhere: Any, size: int) -> None:
+    stored = [
+        (np.random.default_rng(i).normal(size=size).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        for i in range(3)
+    ]
+    factors = [0.3, -1.7, 0.9]
+    expected = kernels.combine([kernels.load_bf16(each)[0] for each in stored], factors)
+    for values, finite in everywhere(lambda arrays: arrays.combine_stored(stored, factors)):
+        assert finite
+        assert values.tobytes() == expected.tobytes()
+    for bits in (0x7F80, 0xFFC0):
+        if size:
+            broken = [stored[0], stored[1].copy(), stored[2]]
+            broken[1][-1] = bits
+            for _, finite in everywhere(lambda arrays, broken=broken: arrays.combine_stored(broken, factors)):
+                assert not finite
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -13,8 +13,7 @@ def linear(inputs: Inputs, *, weight: Sequence[float], normalize: bool = True) -
     Model soups, Wortsman et al. 2022, arXiv 2203.05482.
     """
     factors = shares(weight) if normalize else list(weight)
-    for piece in inputs.pieces():
-        yield inputs.arrays.combine(piece.values, factors)
+    yield from inputs.combined(factors)
 
 
 def passthrough(inputs: Inputs, *, scale: Sequence[float | None]) -> Iterator[Values]:
