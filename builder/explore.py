@@ -151,6 +151,7 @@ def _models(zoo: Zoo, members: Members, evaluator: Evaluator, kin: Sequence[Fami
             family=next(family.key for family in kin if model.id in family.models),
             bytes=members[model.id].checkpoint.bytes,
             scores=evaluator.by_task(whole(model.id)),
+            score=estimate(evaluator.scores(whole(model.id)), zoo.seed),
         )
         for model in zoo.models
     )

@@ -180,6 +180,11 @@ def _candidate_records(
     candidates: Experts, chosen: Mapping[str, float], evaluator: Evaluator
 ) -> tuple[CandidateRecord, ...]:
     return tuple(
-        CandidateRecord(name=name, scores=evaluator.by_task(each), score=evaluator.mean(each), reach=chosen.get(name))
+        CandidateRecord(
+            name=name,
+            scores=evaluator.by_task(each),
+            score=explore.estimate(evaluator.scores(each), evaluator.zoo.seed),
+            reach=chosen.get(name),
+        )
         for name, each in candidates.items()
     )

@@ -7,14 +7,23 @@ from typing import Any
 from routers.bundle import Strict
 
 
+class Estimate(Strict):
+    """A mean over samples, with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
 class ModelRecord(Strict):
-    """A model of the zoo; `scores` is the proxy metric by task."""
+    """A model of the zoo; `scores` is the proxy metric by task, `score` its mean over them."""
 
     id: str
     subject: str
     family: str
     bytes: int
     scores: dict[str, float]
+    score: Estimate
 
 
 class FamilyRecord(Strict):
@@ -28,14 +37,6 @@ class FamilyRecord(Strict):
     models: tuple[str, ...]
     similarity: dict[str, tuple[tuple[float, ...], ...]]
     dots: tuple[tuple[float, ...], ...]
-
-
-class Estimate(Strict):
-    """A mean over samples, with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class TrialRecord(Strict):
@@ -83,7 +84,7 @@ class CandidateRecord(Strict):
 
     name: str
     scores: dict[str, float]
-    score: float
+    score: Estimate
     reach: float | None
 
 

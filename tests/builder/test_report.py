@@ -129,7 +129,14 @@ def record(*clusters: ClusterRecord, tasks: Sequence[str] = ("a", "b"), **search
         tasks=tuple(tasks),
         samples=40,
         models=tuple(
-            ModelRecord(id=name, subject="s", family="f", bytes=10**9, scores=dict.fromkeys(tasks, 0.5))
+            ModelRecord(
+                id=name,
+                subject="s",
+                family="f",
+                bytes=10**9,
+                scores=dict.fromkeys(tasks, 0.5),
+                score=Estimate(mean=0.5, low=0.4, high=0.6),
+            )
             for name in names
         ),
         families=(
