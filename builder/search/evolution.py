@@ -125,9 +125,14 @@ class Space:
     def _weights(
         self, per_model: Mapping[str, Mapping[str, Sequence[float]]], shared: Mapping[str, Any]
     ) -> dict[str, float]:
-        """How much of each member is in it, about: the mean over layer groups."""
+        """How much of each member is in it: its share where weights are normalised, the mean over layer groups."""
         if "weight" in per_model:
-            return {member: sum(values) / len(values) for member, values in per_model["weight"].items()}
+            groups = zip(*per_model["weight"].values(), strict=True)
+            scales = [1.0 / (sum(group) or 1.0) if self.normalise else 1.0 for group in groups]
+            return {
+                member: sum(value * scale for value, scale in zip(values, scales, strict=True)) / len(values)
+                for member, values in per_model["weight"].items()
+            }
         if METHODS[self.method].most == 1 and "t" in shared:
             t = sum(shared["t"]) / len(shared["t"])
             return {self.members[0]: 1 - t, self.members[1]: t}

@@ -39,5 +39,5 @@ class Landscape:
 
 def problem(singles: Mapping[str, float], landscape: Landscape, base: str | None = None, **settings: object) -> Problem:
     scores = {name: np.full(landscape.samples, score) for name, score in singles.items()}
-    search = Search.model_validate(settings)
+    search = Search.model_validate({"constraint": "raw", **settings})  # what is asked is what is scored
     return Problem(kin(*singles, base=base), scores, search, 42, landscape)

@@ -182,6 +182,21 @@ def test_a_methods_own_numbers_are_searched_and_its_recipes_are_sound(
     assert set(candidate.references) == {*members, *([base] if base else [])}
 
 
+def test_weights_that_are_normalised_are_told_as_shares() -> None:
+    made = space("linear", groups=1)
+    values = {
+        "weight a 0": 0.2,
+        "weight b 0": 0.2,
+        "weight c 0": 0.4,
+        "weight a 1": 1,
+        "weight b 1": 0,
+        "weight c 1": 1,
+    }
+    assert made.candidate(values).weights == pytest.approx({"a": 0.375, "b": 0.125, "c": 0.5})
+    raw = space("linear", groups=1, constraint="raw")
+    assert raw.candidate(values).weights == pytest.approx({"a": 0.6, "b": 0.1, "c": 0.7})
+
+
 def test_ranges_add_numbers_and_set_bounds() -> None:
     made = space("ties", "base", ranges={"lambda": (0.5, 1.5), "density": (0.2, 0.4)})
     assert {(axis.parameter, axis.low, axis.high) for axis in made.axes} == {
