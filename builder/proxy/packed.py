@@ -184,13 +184,12 @@ def _agrees(model: Any) -> bool:
     try:
         held = Held(model)
         read_nodes(held, trie, 0, 5, np.array([4]))
-        packed = read_nodes(held, trie, 5, len(trie), leaves[order]).float()
-        alone = [model(torch.from_numpy(rows[i][None]).to(model.device)).logits[0, -1].float() for i in order]
+        packed_WV = read_nodes(held, trie, 5, len(trie), leaves[order]).float()
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
-    # The rounding of bfloat16 moves logits by a hundredth of their spread, a token seen or missed by more.
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.05
-    return all(
-        float((ours_V - logits_V).norm()) <= tolerance * float((logits_V - logits_V.mean()).norm())
-        for ours_V, logits_V in zip(packed, alone, strict=True)
-    )
+    plain = [model(torch.from_numpy(tokens[None]).to(model.device)).logits[0] for tokens in [*rows, trie.tokens_N]]
+    alone_WV = torch.stack([plain[i][-1] for i in order]).float()
+    blind_WV = plain[-1][torch.from_numpy(leaves[order])].float()  # where every token saw all before it
+    # In bfloat16 rounding alone moved the logits of real models by up to a fifth of that.
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.4
+    return bool((packed_WV - alone_WV).norm() <= tolerance * (blind_WV - alone_WV).norm())

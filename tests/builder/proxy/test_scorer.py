@@ -280,13 +280,14 @@ def test_a_prompt_that_leaves_no_room_for_its_answer_loses_its_beginning(scorer:
     assert scorer.answer([request]) == [reference(scorer, request)]
 
 
-def test_a_model_that_takes_our_mask_for_something_else_is_not_packed(scorer: Scorer) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_takes_our_mask_for_something_else_is_not_packed(folder: Path, dtype: torch.dtype) -> None:
     class Deaf(LlamaForCausalLM):  # type: ignore[misc] # transformers is untyped to us
         def forward(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, **rest: Any) -> Any:
             return super().forward(input_ids, position_ids=position_ids, **rest)
 
-    assert packed.fits(scorer.model) > 0
-    assert packed.fits(Deaf(scorer.model.config).eval()) == 0
+    assert packed.fits(LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()) > 0
+    assert packed.fits(Deaf.from_pretrained(folder, dtype=dtype).eval()) == 0
 
 
 def test_an_answer_that_leaves_no_room_for_its_prompt_is_refused(scorer: Scorer) -> None:
