@@ -149,3 +149,24 @@ def test_a_search_killed_at_any_time_goes_on_and_ends_as_an_unbroken_one(zoo_fil
     whole = started(zoo_file, tmp_path / "unbroken", tmp_path / "other")
     assert whole.communicate(timeout=120) is not None
     assert (tmp_path / "broken" / RECORD).read_bytes() == (tmp_path / "unbroken" / RECORD).read_bytes()
+
+
+@pytest.mark.usefixtures("own_code")
+def test_a_zoo_with_every_trap_of_which16_is_searched_cluster_by_cluster(
+    run: Run, mini_which16_zoo: Path, tmp_path: Path
+) -> None:
+    """Vocabularies differ, one head is tied, one model is of an architecture of its own; merges are of task vectors."""
+    import mini_which16
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = ("--strategy", "evolution", "--method", "ties", "--trials", 4, "--limit", 2, "--groups", 2)
+    result = run("search", "--zoo", mini_which16_zoo, "--out", tmp_path / "run", *words)
+    assert result.code == 0, result.err
+    found = record(tmp_path / "run")
+    assert {frozenset(cluster.models) for cluster in found.clusters} == set(map(frozenset, mini_which16.CLUSTERS))
+    tried = {len(cluster.models): [trial.failure for trial in cluster.trials] for cluster in found.clusters}
+    assert tried == {12: [None] * 4, 2: [None] * 4, 1: []}
+    for recipe in (tmp_path / "run" / "recipes").iterdir():
+        assert run("merge", recipe, tmp_path / recipe.stem).code == 0
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / recipe.stem)
+        assert len(AutoTokenizer.from_pretrained(tmp_path / recipe.stem)) <= model.config.vocab_size
