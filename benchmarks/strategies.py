@@ -9,8 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Before torch loads: threads that spin collapse when anything else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from builder import explore
 from builder.candidate import Candidate, whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,17 +86,21 @@ class Evaluator:
 
     def evaluate(
         self, candidates: Sequence[Candidate], split: Split = "proxy", done: Callable[[int], None] = lambda _: None
-    ) -> list[Result]:
-        """The metric on every sample of the split, of each candidate, or why it has none; kept at once."""
+    ) -> Iterator[Result]:
+        """Of each candidate, in order, the metric on every sample of the split, or why it has none.
+
+        Whatever ends is kept at once, and given when those before it were.
+        """
         found = [self._known(candidate, split) for candidate in candidates]
         missing = [place for place, result in enumerate(found) if result is None]
         jobs = [self._job(candidates[place], split) for place in missing]
-        for number, scored in self.executor.run(jobs, done):
-            self._keep(jobs[number], split, scored)
-            found[missing[number]] = self._known(candidates[missing[number]], split, just_made=True)
-        results = [result for result in found if result is not None]
-        assert len(results) == len(candidates)
-        return results
+        running = self.executor.run(jobs, done)
+        for place in range(len(candidates)):
+            while (result := found[place]) is None:
+                number, scored = next(running)
+                self._keep(jobs[number], split, scored)
+                found[missing[number]] = self._known(candidates[missing[number]], split, just_made=True)
+            yield result
 
     def scores(self, candidate: Candidate, split: Split = "proxy") -> Scores:
         """The metric on every sample of the split. Raises SearchError for a candidate that cannot be scored."""

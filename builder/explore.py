@@ -73,7 +73,8 @@ def _search(
             dots=np.array(family.dots)[np.ix_(places, places)],
             storage=storage,
             study=digest(facts)[:16],
-            hear=lambda trial: hear(trial_facts(trial)),
+            hear=lambda trial: hear({"event": "trial", **_facts(trial), "failure": trial.failure}),
+            took=lambda trial: hear({"event": "accepted", **_facts(trial)}),
         )
         outcome = search(problem)
     return Found(group, outcome, tuple(problem.trials), _soup(kin, evaluator))
@@ -113,16 +114,10 @@ def budget(zoo: Zoo, size: int) -> int:
     return costs[zoo.search.strategy]
 
 
-def trial_facts(trial: Trial) -> dict[str, object]:
+def _facts(trial: Trial) -> dict[str, object]:
     """What a watcher is told of a trial."""
-    return {
-        "strategy": trial.strategy,
-        "tried": trial.tried,
-        "weights": {name: round(weight, 6) for name, weight in trial.candidate.weights.items()},
-        "score": trial.score,
-        "accepted": trial.accepted,
-        "failure": trial.failure,
-    }
+    weights = {name: round(weight, 6) for name, weight in trial.candidate.weights.items()}
+    return {"strategy": trial.strategy, "tried": trial.tried, "weights": weights, "score": trial.score}
 
 
 def record(zoo: Zoo, members: Members, evaluator: Evaluator, explored: Explored) -> SearchRecord:

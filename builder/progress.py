@@ -16,7 +16,7 @@ from rich.progress import Progress as Bars
 Advance = Callable[[int], None]
 Facts = Mapping[str, Any]
 Hear = Callable[[Facts], None]
-"""Told of each trial of a search as it ends: what was tried, its score, whether it was accepted."""
+"""Told of a search's events: each `trial` as it ends, with its score or failure, and each that was `accepted`."""
 
 
 class Progress(Protocol):
@@ -63,9 +63,9 @@ class Lines(Quiet):
 
         def hear(facts: Facts) -> None:
             nonlocal number, best
-            number, best = number + 1, _better(best, facts["score"])
-            seconds = round(time.monotonic() - started, 3)
-            _print({"event": "trial", "number": number, **facts, "best": best, "seconds": seconds})
+            if facts["event"] == "trial":
+                number, best = number + 1, _better(best, facts["score"])
+            _print({**facts, "number": number, "best": best, "seconds": round(time.monotonic() - started, 3)})
 
         yield hear
         _print({"event": "searched", "name": name, "trials": number, "best": best})
@@ -109,6 +109,8 @@ class Terminal:
 
             def hear(facts: Facts) -> None:
                 nonlocal best
+                if facts["event"] != "trial":
+                    return
                 best = _better(best, facts["score"])
                 if facts["failure"]:
                     bars.console.print(f"{facts['tried']}: {facts['failure']}", highlight=False, markup=False)

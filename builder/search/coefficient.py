@@ -45,7 +45,7 @@ def _grow(problem: Problem, strategy: str, following: Next) -> Outcome:
         name = following(best.candidate.weights, left)
         left.remove(name)
         candidates = [problem.kin.linear(mixed(best.candidate.weights, name, c)) for c in GRID]
-        trials = problem.score(strategy, [name] * len(GRID), candidates)
+        trials = list(problem.score(strategy, [name] * len(GRID), candidates))
         scored = [trial for trial in trials if trial.score is not None]
         top = max(scored, key=lambda trial: trial.score or -np.inf, default=None)
         taken = top is not None and top.scores is not None and problem.accept(top.scores, best.scores)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +15,8 @@ from builder.evaluate import Result, Scores
 from builder.executors import Failed
 from builder.search.accept import Accept, acceptance
 
-Evaluate = Callable[[Sequence[Candidate]], Sequence[Result]]
+Evaluate = Callable[[Sequence[Candidate]], Iterable[Result]]
+"""A result a candidate, in order, each as soon as it is there."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Problem:
 
     singles: every member's scores [N]. dots: their weights' dot products [M, M] in the order of `kin.names`, for
     similarities. storage: an Optuna storage URL that several machines share; None keeps trials to this process.
-    hear: told of each trial as it ends. Raises SearchError where too many trials in a row fail.
+    hear: told of each trial as it ends. took: told of each that was accepted. Raises SearchError where too many trials
+    in a row fail.
     """
 
     kin: Kin
@@ -72,6 +74,7 @@ class Problem:
     storage: str | None = None
     study: str = "study"
     hear: Hear = lambda _: None
+    took: Hear = lambda _: None
     trials: list[Trial] = field(default_factory=list)
     _failures: int = field(default=0, init=False)
     _found: dict[str, Outcome] = field(default_factory=dict, init=False)
@@ -100,24 +103,26 @@ class Problem:
             self._found[name] = strategy(self)
         return self._found[name]
 
-    def score(self, strategy: str, tried: Sequence[str], candidates: Sequence[Candidate]) -> list[Trial]:
-        """A trial each, in order; none of them accepted yet."""
-        trials = []
+    def score(self, strategy: str, tried: Sequence[str], candidates: Sequence[Candidate]) -> Iterator[Trial]:
+        """A trial each, in order, as they end; none of them accepted yet."""
         for name, candidate, result in zip(tried, candidates, self.evaluate(candidates), strict=True):
             if isinstance(result, Failed):
-                trials.append(Trial(strategy, name, candidate, None, result.reason))
+                trial = Trial(strategy, name, candidate, None, result.reason)
             else:
-                trials.append(Trial(strategy, name, candidate, result, None))
-        return trials
+                trial = Trial(strategy, name, candidate, result, None)
+            self.hear(trial)
+            self._failures = self._failures + 1 if trial.failure else 0
+            if self._failures >= self.settings.failures:
+                raise SearchError(
+                    f"{self._failures} trials in a row failed, the last with: {trial.failure}. Mend that and run it "
+                    "again; what was scored is kept (search.failures sets how many may fail, --retry tries failed ones "
+                    "again)"
+                )
+            yield trial
 
     def keep(self, trial: Trial, accepted: bool) -> bool:
         """Remember a trial with its verdict, which is returned."""
-        self._failures = self._failures + 1 if trial.failure else 0
         self.trials.append(replace(trial, accepted=accepted))
-        self.hear(self.trials[-1])
-        if self._failures >= self.settings.failures:
-            raise SearchError(
-                f"{self._failures} trials in a row failed, the last with: {trial.failure}. Mend that and run it again; "
-                "what was scored is kept (search.failures sets how many may fail, --retry tries failed ones again)"
-            )
+        if accepted:
+            self.took(self.trials[-1])
         return accepted

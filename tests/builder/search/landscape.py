@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -27,10 +27,11 @@ class Landscape:
         self.score, self.samples = score, samples
         self.asked: list[list[Candidate]] = []
 
-    def __call__(self, candidates: Sequence[Candidate]) -> list[Result]:
+    def __call__(self, candidates: Sequence[Candidate]) -> Iterator[Result]:
         self.asked.append(list(candidates))
-        found = [self.score(candidate.weights) for candidate in candidates]
-        return [Failed(each) if isinstance(each, str) else np.full(self.samples, each) for each in found]
+        for candidate in candidates:
+            found = self.score(candidate.weights)
+            yield Failed(found) if isinstance(found, str) else np.full(self.samples, found)
 
     @property
     def candidates(self) -> list[Candidate]:

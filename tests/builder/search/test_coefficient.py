@@ -28,7 +28,7 @@ def test_the_best_coefficient_of_the_grid_is_what_is_kept_and_not_the_last() -> 
         assert trial.score == max(rival.score for rival in rivals if rival.score is not None)
     # What is returned is the very candidate that was scored, and scores the same again.
     assert outcome.candidate == kept[-1].candidate
-    assert landscape([outcome.candidate])[0] == pytest.approx(outcome.scores)
+    assert next(iter(landscape([outcome.candidate]))) == pytest.approx(outcome.scores)
 
 
 def test_effective_weights_are_those_of_the_merges_done_one_after_another() -> None:

@@ -83,6 +83,8 @@ def test_json_lines_tell_of_every_trial_and_of_the_result(run: Run, zoo_file: Pa
     trials = [line for line in lines if line["event"] == "trial"]
     assert [line["number"] for line in trials] == list(range(1, 7))
     assert trials[-1]["best"] == max(line["score"] for line in trials)
+    accepted = [line["score"] for line in lines if line["event"] == "accepted"]
+    assert accepted == sorted(accepted)
     assert lines[-1]["event"] == "result"
     assert lines[-1]["clusters"][0]["trials"] == 6
 
