@@ -25,10 +25,15 @@ from builder.errors import ZooError
 from builder.proxy import programs, tasks
 from builder.proxy.requests import Answer, Choices, Generation, Likelihood, Request, Rolling
 from builder.proxy.task import Sample, Spec, Task
+from routers.errors import ModelGlueError
 
 MAX_TOKENS = 256
-"""Of an answer whose task sets no bound; the harness's own."""
-_STOPS = ("until", "max_gen_toks", "do_sample", "temperature", "max_length")
+"""How long an answer may be where the task does not say."""
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the longest answer; the first counts."""
+KNOWN = {"until", "do_sample", "temperature", *LIMITS}
+NEUTRAL = {"top_p", "top_k", "min_p", "typical_p"}
+"""Settings of sampling, of no effect on a greedy answer."""
 
 
 def knows(name: str) -> bool:
@@ -154,13 +159,13 @@ def _placed(files: Any, folder: Path) -> Any:
 
 def _check(part: Any) -> None:
     """Raises ZooError for what cannot be scored sample by sample, or not greedily."""
-    said = part.config.generation_kwargs or {}
     if getattr(part, "MULTIMODAL", False):
         raise ZooError(f"{part.task_name} shows pictures or plays sounds: it cannot score language models of text")
-    if part.OUTPUT_TYPE == "generate_until" and said.get("do_sample") and said.get("temperature", 1.0) > 0:
-        raise ZooError(f"{part.task_name} samples its answers: luck would decide; set do_sample: false")
-    if unknown := sorted(set(said) - {*_STOPS, "top_p", "top_k", "num_beams"}):
-        raise ZooError(f"{part.task_name} sets generation_kwargs.{unknown[0]}, which our scorer does not know")
+    if part.OUTPUT_TYPE == "generate_until":
+        try:
+            generation("", part.config.generation_kwargs or {})
+        except ModelGlueError as exc:
+            raise ZooError(f"{part.task_name}: {exc}") from exc
 
 
 def _documents(part: Any) -> list[tuple[int, Any]]:
@@ -195,11 +200,21 @@ def _requests(instances: Sequence[Any]) -> Iterator[Request]:
     elif kind == "loglikelihood_rolling":
         yield from (Rolling(each.args[0]) for each in instances)
     else:
-        for each in instances:
-            context, said = each.args
-            until = said.get("until") or ()
-            stops = (until,) if isinstance(until, str) else tuple(until)
-            yield Generation(context, stops, int(said.get("max_gen_toks", MAX_TOKENS)))
+        yield from (generation(*each.args) for each in instances)
+
+
+def generation(prompt: str, options: dict[str, Any]) -> Generation:
+    """The request of a task's generation_kwargs. Raises ModelGlueError for what is not greedy decoding."""
+    sampled = options.get("do_sample")
+    if sampled is not False and float(options.get("temperature", 1.0 if sampled else 0.0)) > 0:
+        raise ModelGlueError("a task wants sampled answers, and ours are greedy: set do_sample: false in its YAML file")
+    neutral = NEUTRAL | {"num_beams"} if options.get("num_beams") == 1 else NEUTRAL
+    unknown = sorted(set(options) - KNOWN - neutral)
+    if unknown:
+        raise ModelGlueError(f"a task sets generation_kwargs.{unknown[0]}, which our scorer does not know")
+    until = options.get("until") or ()
+    limit = next((options[name] for name in LIMITS if options.get(name) is not None), MAX_TOKENS)
+    return Generation(prompt, (until,) if isinstance(until, str) else tuple(until), int(limit))
 
 
 def _metrics(part: Any, doc: Any, instances: Sequence[Any], answers: Sequence[Answer]) -> dict[str, float]:

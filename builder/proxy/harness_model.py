@@ -8,17 +8,9 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from builder.proxy.requests import Choices, Generation, Likelihood, Rolling
+from builder.proxy.harness import generation
+from builder.proxy.requests import Choices, Likelihood, Rolling
 from builder.proxy.scorer import Scorer
-from routers.errors import ModelGlueError
-
-MAX_TOKENS = 256
-"""How long an answer may be where the task does not say."""
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the longest answer; the first counts."""
-KNOWN = {"until", "do_sample", "temperature", *LIMITS}
-NEUTRAL = {"top_p", "top_k", "min_p", "typical_p"}
-"""Settings of sampling, of no effect on a greedy answer."""
 
 
 class HarnessModel(LM):  # type: ignore[misc] # lm_eval is untyped to us
@@ -70,19 +62,6 @@ class HarnessModel(LM):  # type: ignore[misc] # lm_eval is untyped to us
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial(kind, request.args, answer)
         return answers
-
-
-def generation(prompt: str, options: dict[str, Any]) -> Generation:
-    """The request of a task's generation_kwargs. Raises ModelGlueError for what is not greedy decoding."""
-    sampled = options.get("do_sample")
-    if sampled is not False and float(options.get("temperature", 1.0 if sampled else 0.0)) > 0:
-        raise ModelGlueError("a task wants sampled answers, and ours are greedy: set do_sample: false in its YAML file")
-    unknown = sorted(set(options) - KNOWN - NEUTRAL)
-    if unknown:
-        raise ModelGlueError(f"a task sets generation_kwargs.{unknown[0]}, which our scorer does not know")
-    until = options.get("until") or ()
-    limit = next((options[name] for name in LIMITS if options.get(name) is not None), MAX_TOKENS)
-    return Generation(prompt, (until,) if isinstance(until, str) else tuple(until), int(limit))
 
 
 def _arguments(requests: Sequence[Instance]) -> list[tuple[Any, ...]]:

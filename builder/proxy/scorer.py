@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from builder.checkpoints import Array
 from builder.errors import CheckpointError
 from builder.proxy import greedy, packed, padded
 from builder.proxy.encoding import Encoder, Row
-from builder.proxy.items import Item
 from builder.proxy.requests import Answer, Choices, Generation, Likelihood, Request, Rolling
 from builder.proxy.stops import Stops
 
@@ -24,18 +21,6 @@ LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 """What configurations call the longest input."""
 NOTHING = Likelihood(0.0, 0, True)
 """The likelihood of no tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """How a model did on one item.
-
-    accuracy: 1.0 where the right choice has the highest summed log-likelihood, else 0.0.
-    log_likelihood: mean over the right choice's tokens, in nats: minus the log of its perplexity.
-    """
-
-    accuracy: float
-    log_likelihood: float
 
 
 class Scorer:
@@ -84,21 +69,6 @@ class Scorer:
         # A tokenizer without a limit states an enormous number.
         return next((int(each) for each in stated if each), int(limit) if limit < 1e9 else DEFAULT_LENGTH)
 
-    def rewrite(self, tensors: Iterator[tuple[str, Array]]) -> None:
-        """Put other weights of the same architecture in place, each rounded once to the model's dtype."""
-        state = self._model.state_dict()
-        written = set()
-        for name, values in tensors:
-            if name not in state:
-                raise CheckpointError(
-                    f"{name} has no place in {type(self._model).__name__}: it cannot be scored in memory"
-                )
-            state[name].copy_(torch.from_numpy(values))
-            written.add(state[name].data_ptr())
-        left = [name for name, value in state.items() if value.data_ptr() not in written]
-        if left:
-            raise CheckpointError(f"{left[0]} was not among the weights: the model would keep another's")
-
     def answer(self, requests: Sequence[Request], done: Callable[[int], None] = lambda _: None) -> list[Answer]:
         """An answer a request, in order; `done` hears how many more requests are finished."""
         answers: dict[int, Answer] = {}
@@ -109,12 +79,6 @@ class Scorer:
             answers[i] = text
             done(1)
         return [answers[i] for i in range(len(requests))]
-
-    def score(self, items: Sequence[Item], done: Callable[[int], None] = lambda _: None) -> list[Score]:
-        """One score an item, in order; `done` hears how many choices are finished."""
-        answers = self.answer([Choices(item.prompt, item.choices) for item in items])
-        done(sum(len(item.choices) for item in items))
-        return [_score(item, answer) for item, answer in zip(items, answers, strict=True)]
 
     def _likelihoods(self, requests: Sequence[tuple[int, Choices | Rolling]]) -> Iterator[tuple[int, Answer]]:
         """The answers to all but generations, by their index, as soon as their last row is known."""
@@ -176,10 +140,3 @@ def _whole(request: Choices | Rolling, parts: Sequence[Likelihood]) -> Answer:
         return tuple(parts)
     nats, tokens = sum(part.nats for part in parts), sum(part.tokens for part in parts)
     return Likelihood(nats, tokens, all(part.greedy for part in parts))
-
-
-def _score(item: Item, answer: Answer) -> Score:
-    assert isinstance(answer, tuple)
-    best = max(range(len(answer)), key=lambda c: answer[c].nats)
-    right = answer[item.label]
-    return Score(float(best == item.label), right.nats / right.tokens)

@@ -16,10 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from builder.checkpoints import Checkpoint
 from builder.errors import BuildError, CheckpointError
 from builder.proxy import greedy, packed
-from builder.proxy.items import Item
 from builder.proxy.requests import Answer, Choices, Generation, Likelihood, Request, Rolling
 from builder.proxy.scorer import Scorer
 
@@ -322,22 +320,3 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 def test_the_tokenizer_may_be_another_folders(folder: Path, tmp_path: Path) -> None:
     save(tmp_path, bos=True)
     assert Scorer(folder, tokenizer=tmp_path).tokenizer.encode("the owl")[0] == 0
-
-
-def test_an_items_score_is_its_right_choices(scorer: Scorer) -> None:
-    item = Item("the owl was", (" dark", " afraid of the dark"), 1)
-    likelihoods = scorer.answer([Choices(item.prompt, item.choices)])[0]
-    assert isinstance(likelihoods, tuple)
-    score = scorer.score([item])[0]
-    assert score.accuracy == float(likelihoods[1].nats > likelihoods[0].nats)
-    assert score.log_likelihood == likelihoods[1].nats / likelihoods[1].tokens
-
-
-def test_a_rewrite_that_misses_a_tensor_or_brings_another_is_refused(folder: Path) -> None:
-    live, checkpoint = Scorer(folder), Checkpoint(folder)
-    whole = [(name, checkpoint.read(name)) for name in checkpoint.tensors]
-    live.rewrite(iter(whole))
-    with pytest.raises(CheckpointError, match="was not among the weights"):
-        live.rewrite(iter(whole[:-1]))
-    with pytest.raises(CheckpointError, match="stranger has no place in LlamaForCausalLM"):
-        live.rewrite(iter([*whole, ("stranger", whole[0][1])]))
