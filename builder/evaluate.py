@@ -22,7 +22,7 @@ from builder.members import Members
 from builder.progress import Progress
 from builder.proxy import tasks
 from builder.proxy.bench import Bench, Place, Scored
-from builder.proxy.task import Metrics, Sample, Spec, Task
+from builder.proxy.task import SPLITS, Metrics, Sample, Spec, Task
 
 Scores = NDArray[np.float64]
 """The zoo's metric on every sample, [N], tasks one after another; scaled so that its mean is the mean over tasks."""
@@ -57,7 +57,7 @@ class Evaluator:
         proxy, test, seed = self.zoo.proxy, self.zoo.test, self.zoo.seed
         if split == "test" and test is not None:
             return [Spec(name, None, test.limit, seed, _fewshot(test.fewshot, name)) for name in test.tasks]
-        parts = len(tasks.SPLITS) if test is None else 2
+        parts = len(SPLITS) if test is None else 2
         return [Spec(name, split, proxy.limit, seed, _fewshot(proxy.fewshot, name), parts) for name in proxy.tasks]
 
     def tasks(self, split: Split) -> list[Task]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from builder.config import is_task_file
 from builder.errors import ZooError
-from builder.proxy import programs, tasks
+from builder.proxy import programs
 from builder.proxy.requests import Answer, Choices, Generation, Likelihood, Request, Rolling
 from builder.proxy.task import Sample, Spec, Task
 from routers.errors import ModelGlueError
@@ -51,7 +51,7 @@ def load(spec: Spec) -> Task:
         if spec.fewshot is not None:
             part.set_config(key="num_fewshot", value=spec.fewshot)
         part.set_fewshot_seed(spec.seed)
-        for number, doc in tasks.share(_documents(part), spec)[: spec.limit]:
+        for number, doc in spec.share(_documents(part))[: spec.limit]:
             made, said = _sample(part, number, doc)
             samples.append(made)
             facts.append(said)

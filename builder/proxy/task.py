@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from builder.config import Split
 from builder.proxy.requests import Answer, Request
 
+T = TypeVar("T")
+SPLITS: tuple[Split, ...] = ("proxy", "routing", "test")
 Metrics = Mapping[str, float]
 """What one sample measured, by metric; higher is better."""
 
@@ -29,6 +33,12 @@ class Spec:
     seed: int
     fewshot: int | None = None
     parts: int = 3
+
+    def share(self, units: Sequence[T]) -> list[T]:
+        """The split's part of a task's units, shuffled by task and seed; no unit is in two splits."""
+        order = list(units)
+        random.Random(f"{self.name} {self.seed}").shuffle(order)
+        return order if self.split is None else order[SPLITS.index(self.split) :: self.parts]
 
 
 @dataclass(frozen=True, slots=True)

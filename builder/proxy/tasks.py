@@ -6,9 +6,8 @@ import hashlib
 import random
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypeVar
 
-from builder.config import PRESETS, Split
+from builder.config import PRESETS
 from builder.errors import ZooError
 from builder.proxy import tiny
 from builder.proxy.demo import DOMAINS as DEMO
@@ -16,11 +15,8 @@ from builder.proxy.demo import Domain
 from builder.proxy.items import sample
 from builder.proxy.task import Spec, Task
 
-T = TypeVar("T")
-
 OWN: dict[str, Domain] = {f"demo/{name}": domain for name, domain in DEMO.items()}
 OWN |= {f"tiny/{name}": Domain(domain, tiny.COUNT) for name, domain in tiny.DOMAINS.items()}
-SPLITS: tuple[Split, ...] = ("proxy", "routing", "test")
 
 
 def check(names: Sequence[str]) -> None:
@@ -46,17 +42,10 @@ def load(spec: Spec) -> Task:
 
         return harness.load(spec)
     domain = OWN[spec.name]
-    units = share(range(domain.count), spec)
+    units = spec.share(range(domain.count))
     items = domain.items(units, random.Random(f"{spec.name} {spec.split} {spec.seed}"))[: spec.limit]
     digest = hashlib.sha256(repr(items).encode()).hexdigest()
     return Task(spec.name, tuple(sample(item) for item in items), "accuracy", digest)
-
-
-def share(units: Sequence[T], spec: Spec) -> list[T]:
-    """A split's part of the units, shuffled by task and seed; no unit is in two splits."""
-    order = list(units)
-    random.Random(f"{spec.name} {spec.seed}").shuffle(order)
-    return order if spec.split is None else order[SPLITS.index(spec.split) :: spec.parts]
 
 
 def check_sources(proxy: Sequence[str], test: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from builder.config import load_zoo
 from builder.errors import ZooError
 from builder.proxy import harness, programs, tasks
 from builder.proxy.requests import Choices, Generation, Likelihood, Rolling
-from builder.proxy.task import Spec
+from builder.proxy.task import SPLITS, Spec
 
 Write = Callable[..., str]
 QUESTIONS = [
@@ -66,7 +66,7 @@ def test_a_yaml_task_with_local_files_is_found_from_anywhere(
 
 def test_splits_divide_the_documents_and_equal_ones_are_one(write: Write) -> None:
     path = write("twice", QUESTIONS + QUESTIONS)
-    prompts = [{one.prompt for one in tasks.load(Spec(path, split, None, 42)).samples} for split in tasks.SPLITS]
+    prompts = [{one.prompt for one in tasks.load(Spec(path, split, None, 42)).samples} for split in SPLITS]
     assert [len(each) for each in prompts] == [10, 10, 10]
     assert len(set.union(*prompts)) == 30
     halves = [

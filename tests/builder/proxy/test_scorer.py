@@ -17,9 +17,8 @@ from transformers import (
 )
 
 from builder.errors import BuildError, CheckpointError
-from builder.proxy import greedy, packed
 from builder.proxy.requests import Answer, Choices, Generation, Likelihood, Request, Rolling
-from builder.proxy.scorer import Scorer
+from builder.proxy.scorer import Scorer, greedy, packed
 
 LENGTH = 96
 WORDS = ["the owl", " was afraid", " of", " the dark", "\n\n", "Question:", " 12", " größer", " 猫", "  ", ".", " ion"]

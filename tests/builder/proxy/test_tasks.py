@@ -9,7 +9,7 @@ from builder.errors import ZooError
 from builder.proxy import tasks
 from builder.proxy.items import Item, sample
 from builder.proxy.requests import Choices, Likelihood
-from builder.proxy.task import Spec, Task
+from builder.proxy.task import SPLITS, Spec, Task
 
 
 def load(name: str, split: Split | None, limit: int | None, seed: int = 42) -> Task:
@@ -18,12 +18,12 @@ def load(name: str, split: Split | None, limit: int | None, seed: int = 42) -> T
 
 @pytest.mark.parametrize("name", tasks.OWN)
 def test_no_question_is_in_two_splits(name: str) -> None:
-    questions = {split: {one.requests for one in load(name, split, None).samples} for split in tasks.SPLITS}
-    assert all(len(questions[split]) >= 15 for split in tasks.SPLITS)
-    assert not any(questions[a] & questions[b] for a, b in itertools.combinations(tasks.SPLITS, 2))
+    questions = {split: {one.requests for one in load(name, split, None).samples} for split in SPLITS}
+    assert all(len(questions[split]) >= 15 for split in SPLITS)
+    assert not any(questions[a] & questions[b] for a, b in itertools.combinations(SPLITS, 2))
     if name.startswith("demo/"):
-        prompts = {split: {one.prompt for one in load(name, split, None).samples} for split in tasks.SPLITS}
-        assert not any(prompts[a] & prompts[b] for a, b in itertools.combinations(tasks.SPLITS, 2))
+        prompts = {split: {one.prompt for one in load(name, split, None).samples} for split in SPLITS}
+        assert not any(prompts[a] & prompts[b] for a, b in itertools.combinations(SPLITS, 2))
 
 
 @pytest.mark.parametrize("name", tasks.OWN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from builder.proxy.encoding import Prompt
+from builder.proxy.scorer.encoding import Prompt
 
 LOOKBACK = 2
 """So many tokens more than a stop string has are looked at: in an answer it may be split in another way."""

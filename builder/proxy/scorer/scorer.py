@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from builder.errors import CheckpointError
-from builder.proxy import greedy, packed, padded
-from builder.proxy.encoding import Encoder, Row
 from builder.proxy.requests import Answer, Choices, Generation, Likelihood, Request, Rolling
-from builder.proxy.stops import Stops
+from builder.proxy.scorer import greedy, packed, padded
+from builder.proxy.scorer.encoding import Encoder, Row
+from builder.proxy.scorer.stops import Stops
 
 DEFAULT_LENGTH = 2048
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")

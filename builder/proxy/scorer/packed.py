@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from builder.proxy.encoding import Row, Tokens
 from builder.proxy.requests import Likelihood
-from builder.proxy.trie import Trie, plant
+from builder.proxy.scorer.encoding import Row, Tokens
+from builder.proxy.scorer.trie import Trie, plant
 
 CHUNK = {"cpu": 256, "cuda": 2048}
 """How many tokens a forward reads: more hide more of each other's work, fewer keep the machine less busy."""

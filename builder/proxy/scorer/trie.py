@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.proxy.encoding import Tokens
+from builder.proxy.scorer.encoding import Tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from builder.proxy.encoding import Prompt, Row
-from builder.proxy.packed import scores
 from builder.proxy.requests import Likelihood
-from builder.proxy.stops import Stops
+from builder.proxy.scorer.encoding import Prompt, Row
+from builder.proxy.scorer.packed import scores
+from builder.proxy.scorer.stops import Stops
 
 BATCH_TOKENS = 2048
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from builder.proxy.encoding import Prompt
-from builder.proxy.packed import Held, chunk_of, read_nodes
-from builder.proxy.stops import Stops
-from builder.proxy.trie import plant
+from builder.proxy.scorer.encoding import Prompt
+from builder.proxy.scorer.packed import Held, chunk_of, read_nodes
+from builder.proxy.scorer.stops import Stops
+from builder.proxy.scorer.trie import plant
 
 ANSWERS = {"cpu": 16, "cuda": 64}
 """How many answers are written at a time."""
