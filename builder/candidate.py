@@ -42,8 +42,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """The members' names, or the first one's and how many more there are."""
-        names = self.members
-        return "-".join(names) if len(names) <= 4 else f"{names[0]}-and-{len(names) - 1}-more"
+        return short(self.members)
 
     @property
     def method(self) -> str:
@@ -66,6 +65,11 @@ class Candidate:
         text = yaml.safe_dump(dict(self.said), sort_keys=False)
         said = recipe.parse(text, f"the merge of {', '.join(self.members)}", Path())
         return plan(said, lambda name: Found(folders[name]), vocabulary=vocabulary)
+
+
+def short(names: Sequence[str]) -> str:
+    """One name for several models: all of theirs, or the first one's and how many more there are."""
+    return "-".join(names) if len(names) <= 4 else f"{names[0]}-and-{len(names) - 1}-more"
 
 
 def whole(name: str) -> Candidate:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from builder.candidate import Candidate, Kin, whole
+from builder.candidate import Candidate, Kin, short, whole
 from builder.cluster import clusters
 from builder.config import Zoo
 from builder.evaluate import Evaluator, Scores, by_task, shares
@@ -63,7 +63,7 @@ def _search(
     kin = kinship(zoo, group, members)
     places = [family.models.index(name) for name in group]
     facts = json.dumps([[members[name].sha256 for name in group], zoo.search.model_dump(), zoo.seed])
-    with evaluator.progress.trials(f"search {', '.join(group)}", budget(zoo, len(group))) as hear:
+    with evaluator.progress.trials(f"search {short(group)}", budget(zoo, len(group))) as hear:
         problem = Problem(
             kin,
             singles,
