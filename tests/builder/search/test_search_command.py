@@ -120,6 +120,16 @@ def test_a_plan_says_the_budget_and_whether_members_fit_in_memory(run: Run, zoo_
     assert "mapped once and fit in memory" in result.out
 
 
+def test_a_plan_says_so_where_members_do_not_fit_in_memory(
+    run: Run, zoo_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from builder import files
+
+    monkeypatch.setattr(files, "available_memory", lambda: 1000)
+    result = run("search", "--zoo", zoo_file, "--plan")
+    assert "do not fit in 0.0 GB of memory: every trial streams them from disk" in result.out
+
+
 def started(zoo_file: Path, out: Path, cache: Path) -> subprocess.Popen[bytes]:
     search = ["search", "--strategy", "heuristic+evolution", "--trials", "16", "--limit", "4"]
     words = [sys.executable, "-m", "builder", *search, "--zoo", str(zoo_file), "--out", str(out), "--cache", str(cache)]
