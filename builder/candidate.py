@@ -60,11 +60,20 @@ class Candidate:
         """Equal for equal candidates alone."""
         return json.dumps([list(self.weights.items()), self.said])
 
-    def plan(self, folders: Mapping[str, Path], vocabulary: Vocabulary | None = None) -> Plan:
-        """What merging it does. `vocabulary` is that of an earlier plan with the same tokens. Raises MergeError."""
+    def plan(
+        self,
+        folders: Mapping[str, Path],
+        vocabulary: Vocabulary | None = None,
+        opened: Mapping[str, Checkpoint] | None = None,
+    ) -> Plan:
+        """What merging it does. Raises MergeError.
+
+        vocabulary: that of an earlier plan with the same tokens. opened: models whose headers are read already.
+        """
         text = yaml.safe_dump(dict(self.said), sort_keys=False)
         said = recipe.parse(text, f"the merge of {', '.join(self.members)}", Path())
-        return plan(said, lambda name: Found(folders[name]), vocabulary=vocabulary)
+        known = opened or {}
+        return plan(said, lambda name: Found(folders[name], opened=known.get(name)), vocabulary=vocabulary)
 
 
 def short(names: Sequence[str]) -> str:

@@ -21,10 +21,11 @@ _STACK = re.compile(r"^((?:.+?\.)??[A-Za-z_]\w*)\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where a reference's model is on this machine, and the adapter that goes on it."""
+    """Where a reference's model is on this machine, and the adapter that goes on it; opened, if it is already."""
 
     folder: Path
     adapter: Path | None = None
+    opened: Checkpoint | None = None
 
 
 Find = Callable[[str], Found]
@@ -98,7 +99,7 @@ def open_models(references: Sequence[str], find: Find) -> dict[str, Model]:
     opened = {}
     for name in references:
         found = find(name)
-        checkpoint = Checkpoint(found.folder)
+        checkpoint = found.opened or Checkpoint(found.folder)
         if quantised := checkpoint.config.get("quantization_config"):
             kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
             raise MergeError(f"{found.folder} is quantised ({kind}): merge the model it was made from")

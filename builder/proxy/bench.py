@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.candidate import Candidate
+from builder.checkpoints import Checkpoint
 from builder.merge import stream
 from builder.merge.plan import Plan
 from builder.merge.vocabulary import Vocabulary
@@ -48,6 +49,7 @@ class Bench:
     places: Mapping[str, Place]
     device: str | None = None
     _live: Live | None = field(default=None, init=False, repr=False)
+    _opened: dict[str, Checkpoint] = field(default_factory=dict, init=False, repr=False)
     _vocabularies: dict[str, Vocabulary] = field(default_factory=dict, init=False, repr=False)
 
     def score(
@@ -86,10 +88,12 @@ class Bench:
         return self._live.scorer
 
     def _plan(self, candidate: Candidate) -> Plan:
+        for name in candidate.references:
+            if name not in self._opened:
+                self._opened[name] = Checkpoint(self.places[name].folder)
         tokens = repr((candidate.references, candidate.said.get("tokenizer")))
-        plan = candidate.plan(
-            {name: place.folder for name, place in self.places.items()}, self._vocabularies.get(tokens)
-        )
+        folders = {name: self.places[name].folder for name in candidate.references}
+        plan = candidate.plan(folders, self._vocabularies.get(tokens), self._opened)
         if plan.vocabulary is not None:
             self._vocabularies[tokens] = plan.vocabulary
         return plan
