@@ -51,7 +51,7 @@ def evaluate(
     from builder.proxy.task import Spec
     from routers.bundle import MANIFEST
 
-    names = task_names(tasks.split(","))
+    names = tuple(dict.fromkeys(task_names(tasks.split(","))))
     known.check(names)
     if unsafe_code:
         programs.allow_unsafe()
