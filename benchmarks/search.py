@@ -59,7 +59,7 @@ SETS: dict[str, dict[str, Any]] = {
     "zero-shot": CHOSEN,
     "five shared examples": {**CHOSEN, **EXAMPLES, "fewshot_config": {"sampler": "first_n"}},
     "five drawn examples": {**CHOSEN, **EXAMPLES},
-    "written answers, five drawn examples": {**WRITTEN, **EXAMPLES},
+    "written answers with five drawn examples": {**WRITTEN, **EXAMPLES},
 }
 """What the tasks of each set say beside their data."""
 Scores = dict[str, float]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,10 +95,23 @@ class Bench:
                 self._opened[name] = Checkpoint(self.places[name].folder)
         tokens = repr((candidate.references, candidate.said.get("tokenizer")))
         folders = {name: self.places[name].folder for name in candidate.references}
-        plan = candidate.plan(folders, self._vocabularies.get(tokens), self._opened)
+        with _no_collection():
+            plan = candidate.plan(folders, self._vocabularies.get(tokens), self._opened)
         if plan.vocabulary is not None:
             self._vocabularies[tokens] = plan.vocabulary
         return plan
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """A plan is thousands of objects that live on: to look among torch's and transformers' for garbage costs more."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def answer(
