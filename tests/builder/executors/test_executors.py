@@ -114,7 +114,7 @@ def test_the_trial_of_a_worker_that_is_killed_is_done_by_another(
     (folder / "lives").write_text("1")
     found = results(executor, [Job(candidate, (deadly,)) for candidate in candidates[:2]])
     assert [type(each) for each in found] == [Scored, Scored]
-    assert [each.metrics[deadly.name] for each in found if isinstance(each, Scored)] == [[{"acc": 1.0}]] * 2
+    assert [each.metrics["dies"] for each in found if isinstance(each, Scored)] == [[{"acc": 1.0}]] * 2
     (dead,) = (folder / "deaths").iterdir()
     assert int(dead.name) != os.getpid()
 
