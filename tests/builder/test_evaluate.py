@@ -129,18 +129,41 @@ def test_a_metric_that_a_task_has_not_is_told(evaluator: Evaluator) -> None:
         other.scores(whole("math"))
 
 
-def test_a_written_merge_is_held_against_the_one_in_memory(evaluator: Evaluator, tmp_path: Path) -> None:
+def write(evaluator: Evaluator, candidate: Candidate, folder: Path) -> Path:
     from builder.merge import stream
 
+    stream.write(candidate.plan({name: member.folder for name, member in evaluator.members.items()}), folder)
+    return folder
+
+
+def test_a_written_merge_is_held_against_the_one_in_memory(evaluator: Evaluator, tmp_path: Path) -> None:
     candidate = merge(evaluator)
-    folders = {name: member.folder for name, member in evaluator.members.items()}
-    stream.write(candidate.plan(folders), tmp_path / "right")
-    evaluator.check_written(candidate, tmp_path / "right")
+    evaluator.check_written(candidate, write(evaluator, candidate, tmp_path / "right"))
     other = kinship(evaluator.zoo, ("math", "story"), evaluator.members).linear({"math": 0.9, "story": 0.1})
-    stream.write(other.plan(folders), tmp_path / "wrong")
     third = kinship(evaluator.zoo, ("math", "chat"), evaluator.members).linear({"math": 0.5, "chat": 0.5})
     with pytest.raises(SearchError, match=r"wrong scores .* and the same merge in memory .*: this must not be"):
-        evaluator.check_written(third, tmp_path / "wrong")
+        evaluator.check_written(third, write(evaluator, other, tmp_path / "wrong"))
+
+
+def test_scores_that_another_worker_rounded_otherwise_are_no_contradiction(
+    evaluator: Evaluator, tmp_path: Path
+) -> None:
+    candidate = merge(evaluator)
+    executor(evaluator).worth = -1.25
+    assert evaluator.scores(candidate).mean() == pytest.approx(-1.25)
+    evaluator.check_written(candidate, write(evaluator, candidate, tmp_path / "right"))
+
+
+def test_scores_of_other_versions_of_what_computes_them_are_not_taken(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = merge(evaluator)
+    evaluator.scores(candidate)
+    monkeypatch.setattr("builder.evaluate.version", lambda _: "0.0.1")
+    evaluator.scores(candidate)
+    monkeypatch.setattr("builder.evaluate.SCORER", 0)
+    evaluator.scores(candidate)
+    assert len(executor(evaluator).jobs) == 3
 
 
 def test_splits_of_a_zoo_with_a_test_of_its_own_are_halves(evaluator: Evaluator) -> None:
