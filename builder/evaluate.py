@@ -127,8 +127,8 @@ class Evaluator:
     def check_written(self, candidate: Candidate, folder: Path) -> None:
         """Score a merge that was written, read from its folder: what was chosen is what is there.
 
-        Raises SearchError where a sample's score is not the one of the merge in memory. Where that one was found by other
-        threads or another worker, whose sums round otherwise, it is made and scored here once more.
+        Raises SearchError where a sample's score is not the one of the merge in memory. Where that one was found by
+        other threads or another worker, whose sums round otherwise, it is made and scored here once more.
         """
         inputs = {**self._identity(candidate), "tasks": self._digests("proxy"), "machine": _arithmetic()}
         place = Place(folder, self.members[candidate.members[0]].entry.trust_remote_code)
