@@ -272,7 +272,9 @@ def with_choices(zoo: Zoo, *, search: Mapping[str, Any], proxy: Mapping[str, Any
         try:
             said[name] = type(part).model_validate({**part.model_dump(), **chosen})
         except ValidationError as exc:
-            raise ZooError("\n".join(f"{name}.{_sentence(error)}" for error in exc.errors())) from exc
+            raise ZooError(
+                "\n".join(f"{name}{'.' if error['loc'] else ': '}{_sentence(error)}" for error in exc.errors())
+            ) from exc
     return _resolved(zoo.model_copy(update=said), Path.cwd())
 
 
