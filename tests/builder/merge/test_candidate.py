@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from builder.candidate import Kin
 from builder.checkpoints import Checkpoint
 from builder.errors import MergeError
-from builder.merge import simple, stream
+from builder.merge import stream
+from builder.merge.plan import Plan
 
 WEIGHTS = (0.2, 0.5, 0.3)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -28,14 +30,20 @@ def members(tmp_path: Path, *, words: bool = False) -> dict[str, Path]:
     return folders
 
 
+def planned(weights: dict[str, float], folders: dict[str, Path]) -> Plan:
+    """What a cluster of these members makes of the weights."""
+    kin = Kin.of({name: Checkpoint(folders[name]) for name in weights}, None, None)
+    return kin.linear(weights).plan(folders)
+
+
 def merged(folders: dict[str, Path], *weights: float) -> dict[str, np.ndarray]:
-    return dict(stream.tensors(simple.of_members("linear", dict(zip(folders, weights, strict=False)), folders)))
+    return dict(stream.tensors(planned(dict(zip(folders, weights, strict=False)), folders)))
 
 
 def test_the_mean_of_members_is_rounded_once(tmp_path: Path) -> None:
     folders = members(tmp_path)
 
-    stream.write(simple.of_members("linear", {"m0": 0.25, "m1": 0.75}, folders), tmp_path / "out")
+    stream.write(planned({"m0": 0.25, "m1": 0.75}, folders), tmp_path / "out")
 
     # Halves and quarters of such numbers are exact in fp32, so every bit must be right.
     first, second = llamas.random(0), llamas.random(1)
@@ -96,7 +104,7 @@ def test_vocabularies_that_differ_need_their_tokenizers(tmp_path: Path) -> None:
         folders[f"m{i}"] = llamas.write(tmp_path / f"m{i}", llamas.random(i, rows=9 + i))
 
     with pytest.raises(MergeError, match=r"m\d has no tokenizer \(tokenizer.json"):
-        simple.of_members("linear", {"m0": 1, "m1": 1}, folders)
+        planned({"m0": 1, "m1": 1}, folders)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +120,7 @@ def test_weights_without_a_sum_are_refused(tmp_path: Path, weights: tuple[float,
     folders = members(tmp_path)
 
     with pytest.raises(MergeError, match=sentence):
-        simple.of_members("linear", dict(zip(folders, weights, strict=False)), folders)
+        planned(dict(zip(folders, weights, strict=False)), folders)
 
 
 def test_a_merge_of_trained_members_loads_with_the_first_ones_tokenizer(
@@ -120,7 +128,7 @@ def test_a_merge_of_trained_members_loads_with_the_first_ones_tokenizer(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    stream.write(simple.of_members("linear", {"math": 0.5, "code": 0.5}, micro_zoo), tmp_path / "out")
+    stream.write(planned({"math": 0.5, "code": 0.5}, micro_zoo), tmp_path / "out")
 
     model, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
     assert not any(found.values())
