@@ -55,9 +55,12 @@ class Ray:
             (ended,), _ = self._ray.wait(list(pending), num_returns=1)
             place = pending.pop(ended)
             try:
-                yield place, self._ray.get(ended)
+                result = self._ray.get(ended)
+            except self._ray.exceptions.RayTaskError:
+                raise  # our own bug, not a lost worker
             except self._ray.exceptions.RayError as exc:
-                yield place, Failed(f"the worker that scored it was lost {TRIES} times ({type(exc).__name__})")
+                result = Failed(f"the worker that scored it was lost {TRIES} times ({type(exc).__name__})")
+            yield place, result
 
     def close(self) -> None:
         """Leave the cluster, or end the one that was started here."""

@@ -143,6 +143,12 @@ def test_what_is_wrong_with_a_candidate_is_its_failure_with_the_error(
     assert isinstance(found[1], Scored)
 
 
+def test_a_bug_in_a_worker_is_no_candidates_failure(executor: Executor, candidates: list[Candidate]) -> None:
+    stranger = Candidate({"nobody": 1.0}, {})  # no place is known for it: nothing of ours asks for that
+    with pytest.raises(KeyError, match="nobody"):
+        results(executor, [Job(stranger, (SPEC,))])
+
+
 def test_a_cluster_that_is_not_there_is_one_sentence(places: dict[str, Place]) -> None:
     import ray
 
