@@ -173,16 +173,16 @@ def _cluster(found: Found, evaluator: Evaluator, seed: int) -> ClusterRecord:
 
 
 def _trial(trial: Trial, best: Scores, loaded: Sequence[Task], seed: int) -> TrialRecord:
-    scored = trial.scores is not None
+    scores = trial.scores
     return TrialRecord(
         strategy=trial.strategy,
         tried=trial.tried,
         weights=dict(trial.candidate.weights),
         said=dict(trial.candidate.said),
-        score=estimate(trial.scores, seed) if trial.scores is not None else None,
-        gain=estimate(trial.scores - best, seed) if trial.scores is not None else None,
-        tasks=by_task(trial.scores, loaded) if trial.scores is not None else {},
-        failure=None if scored else trial.failure,
+        score=None if scores is None else estimate(scores, seed),
+        gain=None if scores is None else estimate(scores - best, seed),
+        tasks={} if scores is None else by_task(scores, loaded),
+        failure=trial.failure,
         accepted=trial.accepted,
     )
 

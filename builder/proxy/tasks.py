@@ -74,7 +74,7 @@ def _sources(name: str) -> tuple[tuple[str, ...], ...]:
 def check_apart(parts: Sequence[Sequence[Task]]) -> None:
     """Raises ZooError where a question is in two parts (splits): what decides must never be what proves.
 
-    Two parts may divide one file's split between them, which `share` does; any other overlap is a leak.
+    Two parts may divide one file's split between them, as `Spec.share` does; any other overlap is a leak.
     """
     seen: dict[str, tuple[int, str]] = {}
     for number, tasks in enumerate(parts):

@@ -171,13 +171,11 @@ def _evolve(
         ended = problem.score(strategy, [f"trial {trial.number}" for trial in batch], candidates)
         for trial, result in zip(batch, ended, strict=True):
             _tell(study, trial, result)
-            accepted = result.scores is not None and problem.accept(result.scores, best.scores)
+            scores = result.scores
             # The paper's rule takes equals; among trials the first of equals stays.
-            if accepted and result.scores is not None and result.scores.mean() > best.score:
-                best = Outcome(result.candidate, result.scores)
-            else:
-                accepted = False
-            problem.keep(result, accepted)
+            better = scores is not None and scores.mean() > best.score and problem.accept(scores, best.scores)
+            if problem.keep(result, better) and scores is not None:
+                best = Outcome(result.candidate, scores)
     return best
 
 
