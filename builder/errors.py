@@ -21,6 +21,10 @@ class MergeError(ModelGlueError):
     """Models that cannot be merged as asked."""
 
 
+class MixError(ModelGlueError):
+    """A mixture that cannot be made as asked: of its spec, its models, its gates or its layout."""
+
+
 class BuildError(ModelGlueError):
     """A build that cannot go on or must not start."""
 

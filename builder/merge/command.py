@@ -19,7 +19,7 @@ from builder.merge import stream
 from builder.merge.models import FACTS, Find, Found
 from builder.merge.plan import NAMES, Origin, Output, Plan
 from builder.merge.plan import plan as planned
-from builder.merge.recipe import Recipe, load_recipe
+from builder.merge.recipe import load_recipe
 from builder.merge.reference import resolve
 
 if TYPE_CHECKING:
@@ -51,10 +51,11 @@ def merge(
     said = load_recipe(file)
     if seed is not None:
         said = said.model_copy(update={"seed": seed})
-    progress = _progress(quiet=as_json)
-    todo = planned(said, finder(said, cache, models_dir, progress), allow=allow_mismatch or ())
+    progress = bars(quiet=as_json)
+    find = finder(said.references(), said.folder, cache, models_dir, progress)
+    todo = planned(said, find, allow=allow_mismatch or ())
     if plan:
-        print(json.dumps(_facts(todo), indent=2)) if as_json else _print(todo)
+        print(json.dumps(_facts(todo), indent=2)) if as_json else print_plan(todo)
         return
     if out is None:
         raise MergeError("give the folder to write: builder merge RECIPE.yaml OUT, or --plan to look first")
@@ -107,17 +108,19 @@ def stats(
         max_tokens=max_tokens,
         filter=only,
         trust_remote_code=trust_remote_code,
-        progress=_progress(),
+        progress=bars(),
     )
     print(f"{out} is written: {kind} statistics of {len(Statistics(out).tensors)} tensors on {len(texts)} texts")
 
 
-def finder(said: Recipe, cache: Path, models_dir: Path | None, progress: Progress | None) -> Find:
-    """Finds a recipe's models: folders first, then those of `models_dir`, then the hub's, all looked up at once.
+def finder(
+    references: Sequence[str], folder: Path, cache: Path, models_dir: Path | None, progress: Progress | None
+) -> Find:
+    """Finds the models of a file in `folder`: folders first, then those of `models_dir`, then the hub's, all at once.
 
     Raises SourceError with a line for each that is not to be had, before any download.
     """
-    found = {name: resolve(name, said.folder) for name in said.references()}
+    found = {name: resolve(name, folder) for name in references}
     wanted = {(each.model, each.revision) for each in found.values()}
     wanted |= {(each.adapter, each.adapter_revision) for each in found.values() if each.adapter}
     here = {one: _here(one[0], models_dir) for one in wanted}
@@ -180,7 +183,7 @@ def size(text: str, option: str) -> int:
     return count
 
 
-def _progress(*, quiet: bool = False) -> Progress | None:
+def bars(*, quiet: bool = False) -> Progress | None:
     """Bars for people; none where nobody looks."""
     if quiet or not sys.stderr.isatty():
         return None
@@ -189,16 +192,19 @@ def _progress(*, quiet: bool = False) -> Progress | None:
     return Terminal()
 
 
-def _print(plan: Plan) -> None:
-    """One line a tensor, models by number: text that can be searched and compared."""
+def print_plan(plan: Plan, beside: Sequence[Sequence[str]] = ()) -> None:
+    """One line a tensor, models by number: text that can be searched and compared.
+
+    beside: rows on tensors that are made otherwise.
+    """
     numbers = {name: str(i) for i, name in enumerate(plan.models, 1)}
     print(*(f"{number}: {name}" for name, number in numbers.items()), "", sep="\n")
-    rows = [_row(output, numbers) for output in plan.outputs]
+    rows = [*(_row(output, numbers) for output in plan.outputs), *beside]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(*("", *(f"note: {note}" for note in plan.notes)), sep="\n")
-    print(f"{len(plan.outputs)} tensors; {plan.read / 1e9:.2f} GB to read, {plan.written / 1e9:.2f} GB to write")
+    print(f"{len(rows)} tensors; {plan.read / 1e9:.2f} GB to read, {plan.written / 1e9:.2f} GB to write")
 
 
 def _row(output: Output, numbers: Mapping[str, str]) -> tuple[str, ...]:

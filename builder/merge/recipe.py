@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -23,17 +22,18 @@ from pydantic import (
 )
 
 from builder.errors import MergeError
+from builder.merge import strict
 from builder.merge.method import REQUIRED, Method, Parameter
 from builder.merge.methods import METHODS
-from builder.merge.settings import Mistake, Mistakes, Place, Setting, nearest, read_settings, unknown
+from builder.merge.settings import Mistake, Mistakes, Place, Setting, nearest, read_settings
 
 FORMS = ("models", "slices", "modules")
 """The ways to say what is merged; a recipe has one."""
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+FORM = "it must be a mapping with merge_method and models, slices or modules"
 
 
 @dataclass(slots=True)
-class _Reading:
+class Reading:
     """What each part of a recipe must know while it is read, and where it notes what has no effect."""
 
     text: str
@@ -42,7 +42,7 @@ class _Reading:
     notes: list[str] = field(default_factory=list)
 
 
-_Info = ValidationInfo[_Reading]
+_Info = ValidationInfo[Reading]
 
 
 class Strict(BaseModel):
@@ -84,7 +84,7 @@ def _reference(raw: Any, info: _Info) -> Any:
     try:
         mapped = _Mapped.model_validate(raw)
     except ValidationError as exc:
-        raise Mistakes(_found(exc, _Mapped)) from exc
+        raise Mistakes(strict.found(exc, _Mapped)) from exc
     if mapped.override_architecture:
         info.context.notes.append("override_architecture has no effect here: tensors are matched by their names")
     return f"{mapped.model}+{mapped.lora}" if mapped.lora else str(mapped.model)
@@ -255,7 +255,7 @@ class Recipe(Content):
     seed: Whole = 0
     align: Flag = False
     tensors: tuple[Origin, ...] = ()
-    _reading: _Reading = PrivateAttr()
+    _reading: Reading = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
         """Keep what was learnt while reading."""
@@ -400,22 +400,21 @@ def load_recipe(path: Path) -> Recipe:
 
 def parse(text: str, name: str, folder: Path) -> Recipe:
     """The recipe in a text, which every sentence calls `name`. Raises MergeError with every mistake, a line each."""
-    data, mistakes = _document(text, name)
+    data, mistakes = strict.document(text, name, "recipe", FORM, MergeError)
     mistakes += _forms(data)
-    reading = _Reading(text, folder, str(data.get("merge_method")))
+    reading = Reading(text, folder, str(data.get("merge_method")))
     try:
         recipe = Recipe.model_validate(data, context=reading)
         mistakes += recipe._mistakes()
     except ValidationError as exc:
-        mistakes += _found(exc, Recipe)
+        mistakes += strict.found(exc, Recipe)
         mistakes += _sound(data, {str(error["loc"][0]) for error in exc.errors()}, reading)
     if mistakes:
-        lines = [f"{'.'.join(map(str, place))}: {said}" if place else said for place, said in mistakes]
-        raise MergeError("\n".join(f"{name}: {line}" for line in lines))
+        raise MergeError(strict.told(name, mistakes))
     return recipe
 
 
-def _sound(data: Mapping[str, Any], wrong: set[str], reading: _Reading) -> list[Mistake]:
+def _sound(data: Mapping[str, Any], wrong: set[str], reading: Reading) -> list[Mistake]:
     """How the keys of a recipe that are right by themselves go together, in spite of those that are not."""
     if wrong & {"merge_method", "base_model", "parameters"}:
         return []
@@ -425,70 +424,9 @@ def _sound(data: Mapping[str, Any], wrong: set[str], reading: _Reading) -> list[
     return list(Recipe.model_validate(sound, context=reading)._mistakes())
 
 
-def _document(text: str, name: str) -> tuple[dict[str, Any], list[Mistake]]:
-    """The one mapping in a YAML text, and the keys that it gives twice."""
-    try:
-        nodes = list(yaml.compose_all(text, LOADER))
-        twice = [*_twice(nodes[0], (), set())] if nodes else []
-        data = yaml.load(text, LOADER) if len(nodes) == 1 else None
-    except (yaml.YAMLError, ValueError, RecursionError) as exc:
-        found = " ".join(str(exc).split()).replace(' in "<unicode string>",', " at")
-        raise MergeError(f"{name} is not YAML: {found}") from exc
-    if len(nodes) > 1:
-        raise MergeError(f"{name} holds {len(nodes)} YAML documents: give each recipe its own file")
-    if not isinstance(data, dict):
-        raise MergeError(f"{name} is no recipe: it must be a mapping with merge_method and models, slices or modules")
-    return data, twice
-
-
-def _twice(node: yaml.Node, place: Place, seen: set[int]) -> Iterator[Mistake]:
-    """Keys that a mapping gives twice; YAML's readers silently take the last."""
-    if id(node) in seen:
-        return
-    seen.add(id(node))
-    below: Iterable[tuple[str | int, yaml.Node]] = ()
-    if isinstance(node, yaml.SequenceNode):
-        below = enumerate(node.value)
-    if isinstance(node, yaml.MappingNode):
-        below = [(str(key.value), said) for key, said in node.value]
-        keys = Counter(key for key, _ in below)
-        yield from (((*place, key), f"given {count} times") for key, count in keys.items() if count > 1)
-    for key, one in below:
-        yield from _twice(one, (*place, key), seen)
-
-
 def _forms(data: Mapping[str, Any]) -> Iterator[Mistake]:
     given = [form for form in FORMS if data.get(form)]
     if len(given) != 1:
         yield (), f"give one of {', '.join(FORMS)}, not {' and '.join(given) or 'none'}"
     if data.get("tokenizer") and data.get("tokenizer_source"):
         yield (), "give either tokenizer or tokenizer_source"
-
-
-def _found(exc: ValidationError, root: type[BaseModel]) -> Iterator[Mistake]:
-    """pydantic's findings as sentences with their places."""
-    for error in exc.errors():
-        place, inner = error["loc"], error.get("ctx", {}).get("error")
-        if isinstance(inner, Mistakes):
-            yield from (((*place, *below), said) for below, said in inner.found)
-        elif error["type"] == "extra_forbidden":
-            yield place, unknown(str(place[-1]), _keys(root, place[:-1]))
-        elif error["type"] == "model_type":
-            yield place, f"give a mapping with the keys {', '.join(_keys(root, place))}"
-        else:
-            ours = {"missing": "is missing", "tuple_type": "give a list", "dict_type": "give a mapping"}
-            yield place, ours.get(error["type"], error["msg"].removeprefix("Value error, "))
-
-
-def _keys(root: type[BaseModel], place: Place) -> list[str]:
-    """The keys that are known at a place."""
-    for key in place:
-        if key in root.model_fields:
-            root = _model_in(root.model_fields[str(key)].annotation) or root
-    return list(root.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_model_in, get_args(annotation))), None)

@@ -16,17 +16,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from builder import architecture, checkpoints, files, kernels
-from builder.checkpoints import Array, Writer
+from builder.checkpoints import Array, Tensor, Writer
 from builder.errors import MergeError
 from builder.journal import Journal
 from builder.merge import card, folder
 from builder.merge.inputs import PIECE, Arrays, Inputs, Source, run
 from builder.merge.methods import METHODS
+from builder.merge.models import Model
 from builder.merge.plan import Origin, Output, Plan
 from builder.merge.sources import Adapted, Permuted, Rows, Stored
 from builder.merge.vocabulary import Vocabulary
@@ -42,6 +44,7 @@ PIECE_ARRAYS = 8
 OVERHEAD = 300 * 10**6
 """Anonymous bytes of the process itself: interpreter, numpy, tokenizers, headers."""
 GPU_PIECE = 1 << 24
+NOTHING: Mapping[str, tuple[Tensor, Array]] = MappingProxyType({})
 
 
 class _Stopped(Exception):
@@ -70,31 +73,37 @@ def write(
     overwrite: bool = False,
     journal: Journal | None = None,
     progress: Progress | None = None,
+    more: Mapping[str, tuple[Tensor, Array]] = NOTHING,
+    describe: Callable[[Plan, Mapping[Path, str], Path], None] = card.write,
 ) -> Result:
     """Write the merged model folder; it appears whole, or not at all.
 
     journal: knows the digests of weight files that were hashed before.
+    more: tensors that come of no model. describe: adds the card, given the weight files' digests.
     max_memory: bytes of anonymous memory; fewer threads run where their pieces would not fit.
 
     Raises MergeError: what is in the way says what to do.
     """
     started = time.monotonic()
     check_place(plan, out, overwrite)
-    executor = Executor(plan, arrays_of(device), _threads(plan, device, threads, max_memory))
+    executor = Executor(plan, arrays_of(device), threads_of(plan, device, threads, max_memory))
     if plan.statistics:
         executor.check_statistics(journal)
-    with _room(plan, out), files.whole(out, overwrite=overwrite) as partial:
-        writer = Writer(partial, plan.layout, shard_bytes)
+    with room(plan, out), files.whole(out, overwrite=overwrite) as partial:
+        layout = {**plan.layout, **{name: tensor for name, (tensor, _) in more.items()}}
+        writer = Writer(partial, layout, shard_bytes)
         try:
             step = progress.step(f"merge to {out.name}", plan.written) if progress else nullcontext(lambda _: None)
             with step as advance:
                 executor.run(lambda output: executor.write(output, writer), plan.outputs, advance)
+            for name, (tensor, values) in more.items():
+                writer.put(name, 0, checkpoints.stored(name, values, tensor.dtype))
             writer.close()
         finally:
             writer.abandon()
         folder.write(plan, partial)
-        card.write(plan, executor.digests(card.weight_files(plan), journal), partial)
-    return Result(len(plan.outputs), plan.read, plan.written, time.monotonic() - started, executor.threads)
+        describe(plan, executor.digests(card.weight_files(plan), journal), partial)
+    return Result(len(layout), plan.read, plan.written, time.monotonic() - started, executor.threads)
 
 
 def tensors(plan: Plan) -> Iterator[tuple[str, Array]]:
@@ -121,7 +130,7 @@ def check_place(plan: Plan, out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _room(plan: Plan, out: Path) -> Iterator[None]:
+def room(plan: Plan, out: Path) -> Iterator[None]:
     """Raises MergeError for a disk that fills up, maybe by others' files."""
     try:
         yield
@@ -152,7 +161,7 @@ def arrays_of(device: str) -> Arrays:
     return TorchArrays(device)
 
 
-def _threads(plan: Plan, device: str, asked: int | None, max_memory: int | None) -> int:
+def threads_of(plan: Plan, device: str, asked: int | None, max_memory: int | None) -> int:
     """How many run. Raises MergeError where not even one fits into `max_memory`."""
     wanted = asked or (len(os.sched_getaffinity(0)) if device == "cpu" else 2)
     if max_memory is None or device != "cpu":
@@ -261,7 +270,7 @@ class Executor:
         for other in vocabulary.own:
             # Rows of models that this tensor is not merged of may stand in, as with slices.
             model = self.plan.models[other]
-            own = name if name in model.tensors else model.embeddings if architecture.is_head(name) else None
+            own = name if name in model.tensors else _table(model, name)
             if other not in tables and own:
                 tables[other] = self._source(Origin(other, own))
         return {
@@ -346,6 +355,13 @@ class Executor:
         except BaseException:
             self._stop.set()
             raise
+
+
+def _table(model: Model, name: str) -> str | None:
+    """The table of a model for an output of a name that it has not: an expert of a mixture, a head that is tied."""
+    if architecture.is_head(name):
+        return model.head if model.head in model.tensors else model.embeddings
+    return model.embeddings if architecture.is_embedding(name) else None
 
 
 def _reuse_freed_memory() -> None:
