@@ -21,6 +21,7 @@ import typer
 from builder import cluster_command
 from builder.files import default_cache
 from builder.merge import command
+from builder.mix import command as mixing
 from builder.proxy import command as scoring
 from builder.search import command as searching
 from builder.show import print_plan, print_table, table
@@ -78,6 +79,7 @@ def build(
 
 app.command()(command.merge)
 app.command()(command.stats)
+app.command()(mixing.mix)
 app.command()(cluster_command.cluster)
 app.command()(searching.search)
 app.command(name="eval")(scoring.evaluate)

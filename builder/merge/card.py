@@ -55,7 +55,7 @@ def render(plan: Plan, hashes: Mapping[Path, str]) -> str:
         "",
         "| model | file | sha256 |",
         "| --- | --- | --- |",
-        *(f"| {name} | {path.name} | `{hashes[path]}` |" for name, path in _inputs(plan)),
+        *(f"| {name} | {path.name} | `{hashes[path]}` |" for name, path in inputs(plan)),
         "",
     ]
     if plan.notes:
@@ -64,7 +64,8 @@ def render(plan: Plan, hashes: Mapping[Path, str]) -> str:
     return "\n".join(lines)
 
 
-def _inputs(plan: Plan) -> Iterator[tuple[str, Path]]:
+def inputs(plan: Plan) -> Iterator[tuple[str, Path]]:
+    """Every model with each of its weight files; statistics too."""
     for model in plan.models.values():
         yield from ((model.name, path) for path in model.checkpoint.files)
         if model.adapter:

@@ -55,7 +55,7 @@ def merge(
     find = finder(said.references(), said.folder, cache, models_dir, progress)
     todo = planned(said, find, allow=allow_mismatch or ())
     if plan:
-        print(json.dumps(_facts(todo), indent=2)) if as_json else print_plan(todo)
+        print(json.dumps(facts(todo), indent=2)) if as_json else print_plan(todo)
         return
     if out is None:
         raise MergeError("give the folder to write: builder merge RECIPE.yaml OUT, or --plan to look first")
@@ -227,7 +227,8 @@ def _said(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
-def _facts(plan: Plan) -> dict[str, Any]:
+def facts(plan: Plan) -> dict[str, Any]:
+    """A plan for programs."""
     return {
         "outputs": [_output(output) for output in plan.outputs],
         "read": plan.read,

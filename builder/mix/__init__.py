@@ -1,0 +1,1 @@
+"""Mixtures of experts in one checkpoint: spec -> plan -> gates -> files."""
