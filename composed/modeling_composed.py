@@ -353,11 +353,11 @@ class ComposedModel(nn.Module):
         else:
             self.norm = norm(inner.hidden_size, eps=inner.rms_norm_eps)
 
-    def _layer(self, number: int, layer: type[nn.Module]) -> nn.Module:
+    def _layer(self, number: int, layer: Any) -> Any:
         config = self.config
         if number >= config.trunk_layers and config.level == "block":
             return RoutedBlock(config, layer, number)
-        whole: Any = layer(config.inner, number)
+        whole = layer(config.inner, number)
         if number >= config.trunk_layers:
             whole.mlp = RoutedMLP(config, type(whole.mlp), number - config.trunk_layers)
         return whole
