@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from composed import ComposedCache, ComposedConfig
+
 
 def batchable(model: Any) -> bool:
     """Whether rows of different lengths may share a cache: full attention, and no position that asks its neighbours."""
@@ -40,7 +42,8 @@ class Batch:
     @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> tuple[Tensor, Any]:
         """Run a prompt alone: the logits after it [V], and its cache, for `join`."""
-        cache = DynamicCache(config=self._model.config)
+        config = self._model.config
+        cache = ComposedCache(config) if isinstance(config, ComposedConfig) else DynamicCache(config=config)
         prompt = torch.tensor([tokens], device=self._model.device)
         output = self._model(input_ids=prompt, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
         return output.logits[0, -1], cache
@@ -56,6 +59,8 @@ class Batch:
         for ours, new in zip(self._cache.layers, cache.layers, strict=True):
             ours.keys = torch.cat([_padded(ours.keys, longest), _padded(new.keys, longest)])
             ours.values = torch.cat([_padded(ours.values, longest), _padded(new.values, longest)])
+        if isinstance(cache, ComposedCache) and cache.routes is not None:
+            self._cache.routes = torch.cat([self._cache.routes, cache.routes])
 
     @torch.inference_mode()
     def step(self, tokens_B: Sequence[int]) -> Tensor:
@@ -83,10 +88,9 @@ class Batch:
             return
         lengths = [self._lengths_B[row] for row in rows]
         unused = max(self._lengths_B) - max(lengths)
-        index = torch.tensor(rows, device=self._model.device)
+        self._cache.batch_select_indices(torch.tensor(rows, device=self._model.device))
         for layer in self._cache.layers:
-            layer.keys = layer.keys.index_select(0, index)[:, :, unused:]
-            layer.values = layer.values.index_select(0, index)[:, :, unused:]
+            layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
         self._lengths_B = lengths
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+import composed  # noqa: F401 - transformers then loads such checkpoints without running code of theirs
 from service.engines.base import EngineError
 
 
