@@ -18,10 +18,11 @@ from builder.merge import command, stream
 from builder.merge.models import FACTS
 from builder.merge.plan import NAMES
 from builder.merge.plan import Plan as Weights
-from builder.mix import stack
+from builder.mix import stack, train
 from builder.mix.plan import Plan
 from builder.mix.plan import plan as planned
 from builder.mix.spec import load
+from builder.mix.train import Text
 from builder.mix.write import write
 
 
@@ -30,6 +31,8 @@ def mix(
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The mixture's folder.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print every tensor's source; stop.")] = False,
     recipe: Annotated[bool, typer.Option("--recipe", help="Print the recipe that a stack is; stop.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Texts to train MLP gates on: .jsonl [the prompts].")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Texts of it at most.")] = 512,
     threads: Annotated[int | None, typer.Option(min=1, help="Tensors written at a time [one a core].")] = None,
     shard_size: Annotated[str, typer.Option(help="Bytes of an output file at most.")] = "5GB",
     max_memory: Annotated[str | None, typer.Option(help="Memory for the writing, mapped inputs not counted.")] = None,
@@ -63,6 +66,7 @@ def mix(
         return
     if out is None:
         raise MixError("give the folder to write: builder mix SPEC.yaml OUT, or --plan to look first")
+    texts = _texts(data, limit, mixture)
     _say("note", weights.notes)
     with Journal(cache / "journal.sqlite") as journal:
         options: dict[str, Any] = {
@@ -74,7 +78,7 @@ def mix(
             "progress": progress,
         }
         if mixture:
-            written = write(mixture, out, **options)
+            written = write(mixture, out, texts=texts, **options)
             result, warnings = written.result, written.warnings
         else:
             result, warnings = stream.write(weights, out, **options), ()
@@ -87,6 +91,12 @@ def mix(
             f"{out} is written: {result.tensors} tensors, {result.read / 1e9:.2f} GB read, "
             f"{result.written / 1e9:.2f} GB written in {result.seconds:.1f} s by {result.threads} threads"
         )
+
+
+def _texts(data: Path | None, limit: int, mixture: Plan | None) -> list[Text]:
+    if data and (mixture is None or mixture.spec.source != "mlp"):
+        raise MixError("--data trains MLP gates, and this has none: leave it out, or say mixture: M-M-S or another MLP")
+    return train.read(data, limit) if data else []
 
 
 def _say(kind: str, sentences: Sequence[str]) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from builder import checkpoints, kernels
 from builder.checkpoints import Array
@@ -24,6 +26,7 @@ from builder.mix.layouts import STACK, Look
 if TYPE_CHECKING:
     import torch
 
+Doubles = NDArray[np.float64]
 BATCH_TOKENS = 1 << 14
 """Of texts that go through the layers together, padding included; each batch merges the layers anew."""
 EMBEDDINGS = "model.embed_tokens"
@@ -33,23 +36,31 @@ class _Seen(Exception):
     """Every look was taken; the layers that follow are not needed."""
 
 
-def pooled(shared: Plan, texts: Sequence[str], looks: Sequence[Look], *, max_tokens: int = 512) -> Array:
-    """The masked mean over each text's tokens of what every look sees, [looks, texts, hidden], float32.
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a look saw of N texts: the mean over each one's tokens, and the mean of all texts' first tokens."""
+
+    means_NH: Doubles
+    first_H: Doubles
+
+
+def pooled(shared: Plan, texts: Sequence[str], looks: Sequence[Look], *, max_tokens: int = 512) -> list[Seen]:
+    """What every look sees, averaged over each text's tokens.
 
     The tokens are those that a user's call of the tokenizer gives, special ones too. Raises MixError for a text without
     any.
     """
-    distinct = list(dict.fromkeys(looks))
     with _loaded(shared) as (network, tokenizer, weights):
         rows = [tokenizer(text, truncation=True, max_length=max_tokens).input_ids for text in texts]
         if not all(rows):
             raise MixError(f"{texts[[*map(bool, rows)].index(False)]!r} has no token: leave it out of the prompts")
-        found = np.empty((len(distinct), len(texts), int(network.config.hidden_size)), np.float32)
+        shape = (len(texts), int(network.config.hidden_size))
+        found = {look: (np.empty(shape), np.empty(shape)) for look in looks}
         for batch in _batches(rows):
-            seen = _run(network, weights, [rows[i] for i in batch], distinct)
-            for place, look in enumerate(distinct):
-                found[place, batch] = seen[look]
-    return found[[distinct.index(look) for look in looks]]
+            for look, seen in _run(network, weights, [rows[i] for i in batch], [*found]).items():
+                for all_texts, of_batch in zip(found[look], seen, strict=True):
+                    all_texts[batch] = of_batch
+    return [Seen(means, firsts.mean(axis=0)) for means, firsts in (found[look] for look in looks)]
 
 
 @contextmanager
@@ -103,18 +114,20 @@ def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     yield batch
 
 
-def _run(network: Any, weights: _Weights, rows: Sequence[Sequence[int]], looks: Sequence[Look]) -> Mapping[Look, Array]:
-    """What each look sees of each row: padded on the right, padding never counts."""
+def _run(
+    network: Any, weights: _Weights, rows: Sequence[Sequence[int]], looks: Sequence[Look]
+) -> Mapping[Look, tuple[Doubles, Doubles]]:
+    """What each look sees of each row, the mean over its tokens and its first; padding, on the right, never counts."""
     import torch
 
     width = max(map(len, rows))
     tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    seen: dict[Look, Array] = {}
+    seen: dict[Look, tuple[Doubles, Doubles]] = {}
 
     def look(what: Look, states: torch.Tensor) -> None:
         total = (states.double() * mask[:, :, None]).sum(1)
-        seen[what] = (total / mask.sum(1, keepdim=True)).float().numpy()
+        seen[what] = ((total / mask.sum(1, keepdim=True)).numpy(), states[:, 0].double().numpy())
         if len(seen) == len(looks):
             raise _Seen
 

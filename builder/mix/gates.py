@@ -1,4 +1,9 @@
-"""Gates from prompts, from random numbers, or trained: arrays for every place that has one."""
+"""Gates from prompts, from random numbers, or trained: arrays for every place that has one.
+
+In a layer's raw input the first token's state is many times as long as the others' and the same for every text (an
+attention sink: Xiao et al. 2023, arXiv 2309.17453). In a mean over n tokens it weighs 1/n, so that a plain gate tells
+short texts from long ones and nothing else. A centred gate is orthogonal to it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,14 @@ from numpy.typing import NDArray
 
 from builder.checkpoints import Array, Tensor
 from builder.errors import MixError
-from builder.mix import features
+from builder.journal import Journal
+from builder.mix import features, train
+from builder.mix.features import Seen
 from builder.mix.layouts import SHARED_GATE, Look
 from builder.mix.plan import Plan
 from builder.mix.spec import Expert, Spec
+from builder.mix.train import Text, without
+from builder.progress import Progress
 
 PARALLEL = 5.0
 """From this condition number on gates are nearly parallel (mergekit's threshold)."""
@@ -48,9 +57,9 @@ def from_prompts(plan: Plan) -> Gates:
     """g_e = normalise(mean h(positive) - mean h(negative)), h what the gate will see, averaged over a text."""
     spec, prompts = plan.spec, _Prompts.of(plan.spec)
     looks = [Look()] * len(plan.looks) if spec.gate_mode == "cheap_embed" else list(plan.looks.values())
-    vectors = features.pooled(plan.shared, prompts.texts, looks)
+    seen = features.pooled(plan.shared, prompts.texts, looks)
     folded = plan.layout.name != "composed"
-    gates = [prompts.gate(vectors_NH.astype(np.float64), folded=folded) for vectors_NH in vectors]
+    gates = [prompts.gate(each, look, folded=folded) for each, look in zip(seen, looks, strict=True)]
     found = {place: gate.parts() for place, gate in zip(plan.looks, gates, strict=True)}
     free = all(expert.negative_prompts is None for expert in spec.experts)
     return Gates(_named(plan, found), tuple(_warnings(plan, [gate.weight_EH for gate in gates], free)))
@@ -70,6 +79,11 @@ def random(plan: Plan) -> Gates:
     return Gates(_named(plan, found))
 
 
+def trained(plan: Plan, texts: Sequence[Text], journal: Journal | None, progress: Progress | None) -> Gates:
+    """Trained on texts, with everything else frozen."""
+    return Gates(_named(plan, train.gates(plan, texts, journal, progress)))
+
+
 @dataclass(frozen=True)
 class _Prompts:
     """Every text once, and which of them speak for an expert and against it, by their places."""
@@ -83,19 +97,20 @@ class _Prompts:
         said = [text for each in members for text in (*each.positive_prompts, *(each.negative_prompts or ()))]
         return cls(spec, tuple(dict.fromkeys(said)))
 
-    def gate(self, vectors_NH: Doubles, *, folded: bool) -> Linear:
+    def gate(self, seen: Seen, look: Look, *, folded: bool) -> Linear:
         """One place's gate. folded: made orthogonal to the mean, which the layout has no place for."""
-        experts, hidden = self.spec.experts, vectors_NH.shape[1]
+        experts, vectors_NH = self.spec.experts, seen.means_NH
         positives = [self._mean(vectors_NH, each.positive_prompts) for each in experts]
         negatives = [self._negative(vectors_NH, each) for each in experts]
-        mean_H = np.mean(positives, axis=0) if self.spec.centred else np.zeros(hidden)
-        off = mean_H if folded else None
+        mean_H = np.mean(positives, axis=0) if self.spec.centred else np.zeros(vectors_NH.shape[1])
+        off = [mean_H] if self.spec.centred and folded else []
+        off += [seen.first_H] if self.spec.centred and look.raw else []
         pairs = zip(positives, negatives, experts, strict=True)
         weight_EH = np.stack([_direction(p - n, off, each.source_model) for p, n, each in pairs])
         middles = np.mean([positives, negatives], axis=0) - mean_H
         bias_E = -np.einsum("eh,eh->e", weight_EH, middles) if self.spec.bias else np.zeros(len(experts))
         shared = [
-            _direction(self._mean(vectors_NH, each.positive_prompts) - self._negative(vectors_NH, each), None, "shared")
+            _direction(self._mean(vectors_NH, each.positive_prompts) - self._negative(vectors_NH, each), [], "shared")
             for each in self.spec.shared_experts
         ]
         return Linear(weight_EH, mean_H, bias_E, np.stack(shared) if shared else None)
@@ -115,16 +130,14 @@ class _Prompts:
         return self._mean(vectors_NH, [text for text in dict.fromkeys(others) if text not in own])
 
 
-def _direction(difference_H: Doubles, off: Doubles | None, name: str) -> Doubles:
-    """A difference of length one; what of it lies along `off` is taken out."""
-    length = float(np.linalg.norm(difference_H))
-    if off is not None and off.any():
-        difference_H = difference_H - off * (difference_H @ off) / (off @ off)
-    left = float(np.linalg.norm(difference_H))
+def _direction(difference_H: Doubles, off: Sequence[Doubles], name: str) -> Doubles:
+    """A difference of length one; what of it lies along the vectors `off` is taken out."""
+    left_H = without(difference_H, off)
+    length, left = float(np.linalg.norm(difference_H)), float(np.linalg.norm(left_H))
     # What rounding leaves of equal vectors has no direction.
     if left <= 1e-6 * length or not left:
         raise MixError(f"the prompts of {name} leave its gate no direction: give it prompts that others do not have")
-    return difference_H / left
+    return left_H / left
 
 
 def _named(plan: Plan, found: Mapping[str, Mapping[str, Doubles]]) -> dict[str, tuple[Tensor, Array]]:

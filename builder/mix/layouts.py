@@ -46,6 +46,11 @@ class Look:
     layer: int | None = None
     mlp: bool = False
 
+    @property
+    def raw(self) -> bool:
+        """Whether no norm or table bounds what it sees."""
+        return self.layer is not None and not self.mlp
+
 
 class Layout(Protocol):
     """How one kind of checkpoint calls things."""

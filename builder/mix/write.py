@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,13 +12,13 @@ import numpy as np
 
 from builder import files
 from builder.checkpoints import Array, Tensor
-from builder.errors import MixError
 from builder.journal import Journal
 from builder.merge import card, stream
 from builder.merge.plan import Plan as Weights
-from builder.mix import gates
+from builder.mix import gates, train
 from builder.mix.gates import Gates
 from builder.mix.plan import Plan
+from builder.mix.train import Text
 from builder.progress import Progress
 
 SPEC = "spec.yaml"
@@ -36,6 +36,7 @@ def write(
     plan: Plan,
     out: Path,
     *,
+    texts: Sequence[Text] = (),
     threads: int | None = None,
     shard_bytes: int | None = None,
     max_memory: int | None = None,
@@ -43,10 +44,13 @@ def write(
     journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> Written:
-    """Write the mixture's folder; it appears whole, or not at all. Raises ModelGlueError."""
+    """Write the mixture's folder; it appears whole, or not at all. Raises ModelGlueError.
+
+    texts: what MLP gates are trained on; the spec's prompts without any.
+    """
     # Before hidden states are computed for minutes.
     stream.check_place(plan.weights, out, overwrite)
-    made = _gates(plan)
+    made = _gates(plan, texts, journal, progress)
     result = stream.write(
         plan.weights,
         out,
@@ -62,12 +66,12 @@ def write(
     return Written(result, made.warnings)
 
 
-def _gates(plan: Plan) -> Gates:
+def _gates(plan: Plan, texts: Sequence[Text], journal: Journal | None, progress: Progress | None) -> Gates:
     if plan.spec.source == "random":
         return gates.random(plan)
     if plan.spec.source == "prompts":
         return gates.from_prompts(plan)
-    raise MixError("MLP gates are not trained here yet: say gate: prompts")
+    return gates.trained(plan, texts or train.texts_of(plan), journal, progress)
 
 
 def _zeros(plan: Plan) -> dict[str, tuple[Tensor, Array]]:
