@@ -65,7 +65,7 @@ def write_tokenizer(folder: Path, words: Sequence[str]) -> None:
     model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": words[0]}
     tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
-    config = {"tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": False}
+    config = {"tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": False, "eos_token": words[0]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
 
 

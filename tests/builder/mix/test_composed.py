@@ -193,7 +193,7 @@ def test_experts_of_different_vocabularies_meet_in_the_union(tmp_path: Path) -> 
     write(mixable.planned(members, mixture="M-L-S", tokenizer={"source": "union"}), tmp_path / "out")
 
     mixed = load(tmp_path / "out")
-    prompt = torch.tensor([[longer.index(word) for word in "once upon a dragon".split()]])
+    prompt = torch.tensor([[longer.index(word) for word in ["once", "upon", "a", "dragon"]]])
     assert mixed.route(prompt).experts.tolist() == [[[2]]]
     assert torch.equal(mixable.logits(mixed, prompt), mixable.logits(mixable.load(members["story"]), prompt))
     # An expert that does not know a token reads another's row, and its head's row, not its embeddings'.
