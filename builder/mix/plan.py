@@ -140,7 +140,10 @@ def _check(spec: Spec, shared: merging.Plan, models: Mapping[str, Model]) -> Non
                     f"{model.name}. Leave base_model out and say tokenizer: {{source: union}}, or take experts of one "
                     "vocabulary"
                 )
-            raise MixError(f"{output.name} is {list(theirs)} in {model.name} and {list(mine)} elsewhere: no mixture")
+            first = shared.donor.name
+            raise MixError(
+                f"{output.name} is {list(mine)} in {first} and {list(theirs)} in {model.name}: they do not mix"
+            )
         extra = [n for n in model.tensors if n.startswith(f"{STACK}.") and n not in shared.layout]
         if extra:
             raise MixError(f"{extra[0]} is in {model.name} alone: they do not mix")
