@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import composed
+from builder.mix.members import write_mixture
 from builder.mix.write import write
 
 SAMPLE = ("F-L-S", "B-L-S", "M-L-S")
@@ -200,3 +201,13 @@ def test_experts_of_different_vocabularies_meet_in_the_union(tmp_path: Path) -> 
     head = stored(tmp_path / "out")["model.experts.0.lm_head.weight"]
     theirs = load_file(members["story"] / "model.safetensors")["lm_head.weight"]
     assert torch.equal(head[-1], theirs[-1])
+
+
+def test_a_build_mixes_its_experts_by_name(members: dict[str, Path], tmp_path: Path) -> None:
+    choices: dict[str, Any] = {"mixture": "M-L-S", "hybrid_layers": "half", "experts_per_token": 2, "seed": 3}
+    write_mixture(members, mixable.PROMPTS, tmp_path / "out", **choices)
+
+    config = load(tmp_path / "out").config
+    assert (config.experts, config.trunk_layers, config.experts_per_token) == (["math", "code", "story"], 1, 2)
+    for name in ("README.md", "spec.yaml"):
+        assert str(members["math"].parent) not in (tmp_path / "out" / name).read_text("utf-8")
