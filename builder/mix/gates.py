@@ -125,9 +125,9 @@ class _Prompts:
         """What is taken off: its own negatives; without a word on them the other experts' positives."""
         if expert.negative_prompts is not None or expert in self.spec.shared_experts:
             return self._mean(vectors_NH, expert.negative_prompts or ())
-        others = [text for each in self.spec.experts if each is not expert for text in each.positive_prompts]
         own = {*expert.positive_prompts}
-        return self._mean(vectors_NH, [text for text in dict.fromkeys(others) if text not in own])
+        every = dict.fromkeys(text for each in self.spec.experts for text in each.positive_prompts)
+        return self._mean(vectors_NH, [text for text in every if text not in own])
 
 
 def _direction(difference_H: Doubles, off: Sequence[Doubles], name: str) -> Doubles:

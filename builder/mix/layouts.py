@@ -275,7 +275,9 @@ class Standard:
         facts: dict[str, Any] = {"architectures": [CLASSES[kind]], "model_type": kind}
         facts |= {key: full[key] for key in KEPT if key in full}
         # For readers from before rope_parameters.
-        facts["rope_theta"] = full["rope_parameters"]["rope_theta"]
+        scaling = dict(full["rope_parameters"])
+        facts["rope_theta"] = scaling.pop("rope_theta")
+        facts["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
         if kind == "mixtral":
             facts |= {"sliding_window": full.get("sliding_window"), "num_local_experts": len(names)}
         else:

@@ -9,9 +9,10 @@ from typing import Any
 
 import mixable
 import pytest
+import torch
 import yaml
 from command_line import Run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 Write = Callable[..., Path]
 
@@ -196,3 +197,27 @@ def test_models_of_another_kind_are_refused_by_name(
     assert result.code == 1
     assert sentence in result.err
     assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("mixture", ["F-L-T", "M-M-S"])
+def test_an_expert_may_be_an_adapter_on_its_base(
+    run: Run, members: dict[str, Path], tmp_path: Path, mixture: str
+) -> None:
+    torch.manual_seed(4)
+    part, lora = "model.layers.1.mlp.up_proj", tmp_path / "lora"
+    down, up = torch.randn(2, 32), torch.randn(48, 2)
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}), "utf-8")
+    names = {f"base_model.model.{part}.lora_A.weight": down, f"base_model.model.{part}.lora_B.weight": up}
+    save_file(names, lora / "adapter_model.safetensors")
+    adapted = {**members, "code": Path(f"{members['math']}+{lora}")}
+    (tmp_path / "spec.yaml").write_text(mixable.said(adapted, mixture=mixture), "utf-8")
+
+    result = run("mix", tmp_path / "spec.yaml", tmp_path / "out")
+
+    assert result.code == 0, result.err
+    standard = mixture == "F-L-T"
+    mine = "model.layers.1.block_sparse_moe.experts.1.w3" if standard else "model.experts.1.layers.1.mlp.up_proj"
+    base = load_file(members["math"] / "model.safetensors")[f"{part}.weight"]
+    stored = load_file(tmp_path / "out" / "model.safetensors")[f"{mine}.weight"]
+    torch.testing.assert_close(stored, base + 3 * up @ down, rtol=1e-5, atol=1e-5)
