@@ -230,6 +230,8 @@ class Spec(Strict):
         elif not linear and self.source != "mlp":
             wrong = "gate" if self.gate else "gate_mode"
             yield (wrong,), f"{self.mixture} has MLP gates, which are trained: leave {wrong} out, or say gate: mlp"
+        if self.gate_mode == "cheap_embed" and self.level != "ffn":
+            yield ("gate_mode",), f"cheap_embed is of F mixtures: for {self.mixture} leave it out"
         if self.source == "random":
             for key, said in (("centre", self.centre), ("bias", self.bias)):
                 if said:

@@ -108,6 +108,7 @@ def test_experts_are_called_by_the_end_of_their_reference() -> None:
         ({"gate": "mlp"}, "spec.yaml: gate: F-L-T has linear gates: mlp belongs to F-M-T"),
         ({"gate": "random", "mixture": "F-M-S"}, "spec.yaml: gate: F-M-S has MLP gates, which are trained"),
         ({"gate": "random", "gate_mode": "random"}, "spec.yaml: give either gate or gate_mode"),
+        ({"gate_mode": "cheap_embed", "mixture": "B-L-S"}, "spec.yaml: gate_mode: cheap_embed is of F mixtures"),
         ({"gate": "random", "centre": True}, "spec.yaml: centre: random gates have none: leave it out"),
         ({"mixture": "M-M-S", "bias": True}, "spec.yaml: bias: an MLP gate has its own, trained: leave it out"),
         ({"layout": "standard", "mixture": "B-L-S"}, "spec.yaml: layout: no standard architecture is B-L-S"),
