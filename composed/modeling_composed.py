@@ -28,8 +28,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .configuration_composed import ComposedConfig
 
-# What transformers calls a cache: before 5.24 `past_key_values`.
-CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+# transformers renames what its masks ask for; its caches were `past_key_values` before 5.24.
+ASKED = inspect.signature(create_causal_mask).parameters
+CACHE = "cache" if "cache" in ASKED else "past_key_values"
 
 MASKS: dict[str, Callable[..., Tensor | None]] = {
     "full_attention": create_causal_mask,
@@ -516,18 +517,22 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     ) -> Step:
         config, (batch, new) = self.config, embedded_BSH.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
+        places_S = torch.arange(past, past + new, device=embedded_BSH.device)
         flat = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         if position_ids is None and flat is not None:
             position_ids = (flat.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
         elif position_ids is None:
-            position_ids = torch.arange(past, past + new, device=embedded_BSH.device)[None]
-        asked = {
+            position_ids = places_S[None]
+        known = {
             "config": config.inner,
             "inputs_embeds": embedded_BSH,
+            "input_embeds": embedded_BSH,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
+            "cache_position": places_S,
             CACHE: cache,
         }
+        asked = {name: value for name, value in known.items() if name in ASKED}
         kinds = {config.layer_kind(number) for number in range(config.inner.num_hidden_layers)}
         step = Step(
             cache=cache,
@@ -583,6 +588,12 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         super()._init_weights(module)
         if isinstance(module, LinearGate | MLPGate):
             nn.init.zeros_(module.mean)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As for any model, without what only older versions of transformers ask."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("cache_position", None)
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any

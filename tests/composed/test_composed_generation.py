@@ -70,6 +70,18 @@ def test_cached_logits_are_those_of_a_whole_pass(level: str, routing: str, k: in
     assert_close(torch.cat(some, 1), whole)
 
 
+@pytest.mark.parametrize(("level", "routing"), KINDS)
+def test_positions_are_counted_by_the_mask_so_that_a_prompt_may_be_padded_behind(level: str, routing: str) -> None:
+    model = composition(level, routing)
+    row, behind = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, 0, 0]])
+    with torch.inference_mode():
+        plain = model(row).cache
+        gap = model(behind, attention_mask=torch.tensor([[1, 1, 1, 0, 0]])).cache
+        expected = model(torch.tensor([[8, 9]]), cache=plain).logits
+        mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1]])
+        assert_close(model(torch.tensor([[8, 9]]), attention_mask=mask, cache=gap).logits, expected)
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("level", SAMPLE)
 def test_identical_experts_answer_as_the_expert(level: str, architecture: str) -> None:
@@ -139,10 +151,11 @@ def test_routes_given_are_followed_whatever_the_prompt_says() -> None:
 
 
 def test_rows_of_a_cache_take_their_routes_along() -> None:
-    model = composition("model")
+    model = composition("model", experts_per_token=2)
     with torch.inference_mode():
         cache = model(**padded(ROWS)).cache
         before = cache.routes
+        assert len(before.unique(dim=0)) == len(ROWS)
         cache.batch_select_indices(torch.tensor([4, 1, 1]))
         assert torch.equal(cache.routes, before[[4, 1, 1]])
         cache.batch_repeat_interleave(2)
