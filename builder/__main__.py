@@ -10,7 +10,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import errno
-import json
 import signal
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from builder.files import default_cache
 from builder.merge import command
 from builder.mix import command as mixing
 from builder.proxy import command as scoring
+from builder.routing import command as routing
 from builder.search import command as searching
 from builder.show import print_plan, print_table, table
 from routers.errors import ModelGlueError
@@ -83,6 +83,10 @@ app.command()(mixing.mix)
 app.command()(cluster_command.cluster)
 app.command()(searching.search)
 app.command(name="eval")(scoring.evaluate)
+app.command(name="route-eval")(routing.route_eval)
+app.command()(routing.route)
+app.command(name="route-diff")(routing.route_diff)
+app.add_typer(routing.expert_app, name="expert")
 
 
 @app.command()
@@ -105,29 +109,6 @@ def report(
     out = out or path.resolve().with_name(f"{path.resolve().name}.html")
     out.write_text(render(path), "utf-8")
     print(f"{out} is written")
-
-
-@app.command()
-def route(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE")],
-    prompt: Annotated[str, typer.Argument()],
-    k: Annotated[int | None, typer.Option(help="Experts to select [the bundle's].")] = None,
-) -> None:
-    """Print which expert would answer a prompt, and why, as JSON."""
-    from routers import bundle
-
-    router = bundle.read(path).router
-    decision = router.route(prompt, k=k)
-    facts = {
-        "expert": decision.expert,
-        "reason": decision.reason,
-        "margin": decision.margin,
-        "experts": [
-            {"expert": r.expert, "score": r.score, "selected": r.selected, "weight": r.weight} for r in decision.ranking
-        ],
-        "pulls": [{"word": pull.word, "score": pull.score} for pull in router.explain(prompt)],
-    }
-    print(json.dumps(facts, indent=2, ensure_ascii=False))
 
 
 @zoo_app.command("list")

@@ -178,11 +178,25 @@ class Test(Strict):
 
 
 class Routing(Strict):
-    """Which router, how many experts it selects, and whose token embeddings are its features."""
+    """Which router, how many experts it selects, and what a prompt looks like to it.
 
-    kind: Literal["linear"] = "linear"
+    kind: `auto` is whichever routes best in cross-validation. features: whose token embeddings; with `trunk` that
+    model's states after so many layers; with `encoder`, a folder in sentence-transformers' layout, that instead.
+    cost_weight: what an expert's cost, its share of the most active parameters, counts for against its quality.
+    """
+
+    kind: Literal["auto", "linear", "ridge", "kmeans", "knn", "mlp", "fixed"] = "auto"
     k: int = Field(default=1, ge=1)
     features: str
+    trunk: int = Field(default=0, ge=0)
+    encoder: str | None = None
+    cost_weight: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_kind_of_features(self) -> Self:
+        if self.trunk and self.encoder:
+            raise ValueError("give either trunk or encoder")
+        return self
 
 
 class Zoo(Strict):
@@ -302,6 +316,8 @@ def _resolved(zoo: Zoo, folder: Path) -> Zoo:
         if (asked := getattr(zoo, part)) is not None:
             tasks = tuple(_absolute(task, folder) if is_task_file(task) else task for task in asked.tasks)
             said[part] = asked.model_copy(update={"tasks": tasks})
+    if zoo.router.encoder is not None:
+        said["router"] = zoo.router.model_copy(update={"encoder": _absolute(zoo.router.encoder, folder)})
     return zoo.model_copy(update=said)
 
 

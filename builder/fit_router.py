@@ -1,4 +1,4 @@
-"""From the zoo's prompts to a router, and from the experts' scores to its scorecard."""
+"""From a build's experts to their router: the score matrix of the routing split, the paper's gates, the proof."""
 
 from __future__ import annotations
 
@@ -7,40 +7,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from builder import files
 from builder.candidate import Candidate, Weights
-from builder.checkpoints import Checkpoint
 from builder.config import Zoo
-from builder.errors import BuildError
 from builder.evaluate import Evaluator
 from builder.members import Members
 from builder.record import RoutedRecord
+from builder.routing import gate, space
+from builder.routing.gate import Published
+from builder.routing.matrix import Matrix
 from routers import bundle
-from routers.base import Policy, Router
-from routers.features import TokenEmbeddings
-from routers.fixed import FixedRouter
-from routers.linear import LinearRouter
-from routers.prompt import PromptRouter
-from routers.scorecard import Scorecard, scorecard
+from routers.bundle import FeaturesEntry, RouterEntry, RoutingRow
+from routers.features import Features
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Routing:
     """A published router, and what its build found."""
 
-    router: Router
-    features: TokenEmbeddings
-    default: str
+    published: Published
+    features: Features
+    matrix: Matrix
     subjects: dict[str, tuple[str, ...]]
-    scorecard: Scorecard | None
-    note: str
-    items: tuple[RoutedRecord, ...]
+    router: RouterEntry
+    about_features: FeaturesEntry
+    files: tuple[str, ...]
 
-
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")
+    @property
+    def items(self) -> tuple[RoutedRecord, ...]:
+        """Every prompt of the routing split, with who answered it by a router that had not seen it."""
+        return routed(self.matrix, self.published.picks)
 
 
 def subjects(zoo: Zoo, experts: Mapping[str, Weights], default: str) -> dict[str, tuple[str, ...]]:
@@ -60,71 +56,63 @@ def subjects(zoo: Zoo, experts: Mapping[str, Weights], default: str) -> dict[str
     }
 
 
-def features(model: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> TokenEmbeddings:
-    """A model's token embeddings, centred on `texts`. Raises BuildError when it has none by a known name."""
-    checkpoint = Checkpoint(model)
-    names = [name for name in checkpoint.tensors if name.endswith(_EMBEDDINGS)]
-    if not names:
-        raise BuildError(f"{model} has no token embeddings by a known name: set router.features to another model")
-    return TokenEmbeddings.centred_on(tokenizer, checkpoint.read(names[0]).astype(np.float16), texts)
-
-
-def fit(zoo: Zoo, by_expert: Mapping[str, Sequence[str]], space: TokenEmbeddings) -> LinearRouter:
-    """The paper's gates: a subject's prompts against those of all others."""
-    vectors = {name: [space.vector(prompt) for prompt in prompts] for name, prompts in zoo.subjects.items()}
-    return LinearRouter.from_vectors(by_expert, vectors)
-
-
 def publish(zoo: Zoo, experts: Mapping[str, Candidate], members: Members, evaluator: Evaluator, out: Path) -> Routing:
-    """Fit the zoo's router for `experts`, prove it on the routing split, and write its files into `out`."""
-    default = max(experts, key=lambda name: evaluator.mean(experts[name]))
-    by_expert = subjects(zoo, {name: each.weights for name, each in experts.items()}, default)
-    model = members[zoo.router.features].folder
-    _write_tokenizer(model, out / bundle.TOKENIZER)
-    texts = [prompt for prompts in zoo.subjects.values() for prompt in prompts]
-    space = features(model, Tokenizer.from_file(str(out / bundle.TOKENIZER)), texts)
-    fitted = PromptRouter(space, fit(zoo, by_expert, space), Policy(default, min(zoo.router.k, len(experts))))
+    """Fit every router on the routing split, prove them, and write the published one's files into `out`."""
+    best = max(experts, key=lambda name: evaluator.mean(experts[name]))
+    owned = subjects(zoo, {name: each.weights for name, each in experts.items()}, best)
+    matrix = score_matrix(experts, evaluator)
+    texts = [*(prompt for prompts in zoo.subjects.values() for prompt in prompts), *matrix.prompts]
+    encoder = None if zoo.router.encoder is None else Path(zoo.router.encoder)
+    features = space.prepare(out, members[zoo.router.features].folder, texts, trunk=zoo.router.trunk, encoder=encoder)
+    gates = gate.gates(owned, zoo.subjects, features)
+    found = gate.publish(matrix, features, zoo.seed, kind=zoo.router.kind, prompts=gates)
+    entry, about = write(out, found, features, matrix, k=zoo.router.k, cost_weight=zoo.router.cost_weight)
+    model = zoo.router.features if encoder is None else encoder.name
+    about = about.model_copy(update={"model": model, "layers": zoo.router.trunk})
+    return Routing(found, features, matrix, owned, entry, about, written(out, features.kind))
+
+
+def score_matrix(experts: Mapping[str, Candidate], evaluator: Evaluator) -> Matrix:
+    """Every expert's score on every prompt of the routing split."""
     items = evaluator.items("routing")
     scores_NE = np.stack([evaluator.scores(each, "routing") for each in experts.values()], axis=1)
-    router, card, note = prove(fitted, [item.prompt for _, item in items], scores_NE, zoo.seed)
-    bundle.save_router(out, router, space)
-    published = PromptRouter(space, router, fitted.policy)
-    routed = tuple(
-        RoutedRecord(
-            task=task,
-            prompt=item.prompt,
-            picked=published.route(item.prompt).expert,
-            scores=dict(zip(experts, map(float, scores_E), strict=True)),
-        )
-        for (task, item), scores_E in zip(items, scores_NE, strict=True)
+    return Matrix(tuple(item.prompt for _, item in items), tuple(task for task, _ in items), tuple(experts), scores_NE)
+
+
+def routed(matrix: Matrix, picks: Sequence[str]) -> tuple[RoutedRecord, ...]:
+    """A matrix with who answered each prompt, as a record keeps it."""
+    return tuple(
+        RoutedRecord(task=row.task, prompt=row.prompt, picked=picked, scores=row.scores)
+        for row, picked in zip(rows(matrix), picks, strict=True)
     )
-    return Routing(router, space, default, by_expert, card, note, routed)
 
 
-def prove(
-    fitted: PromptRouter, prompts: Sequence[str], scores_NE: NDArray[np.float64], seed: int
-) -> tuple[Router, Scorecard | None, str]:
-    """The router to publish, its scorecard on prompts it was not fitted on, and a sentence that says why.
-
-    A router whose gain over the best single expert is not above zero with 95 % confidence gives way to that expert.
-    """
-    names, kind = fitted.experts, fitted.router.kind
-    if len(names) == 1:
-        return FixedRouter.always(names, names[0]), None, "one expert: nothing to route"
-    picks_N = np.array([names.index(fitted.route(prompt).expert) for prompt in prompts])
-    card = scorecard(names, scores_NE, picks_N, seed)
-    gain = f"{card.gain:+.4f} ({card.gain_low:+.4f} to {card.gain_high:+.4f}) over {card.best_single_expert} alone"
-    if card.proven:
-        return fitted.router, card, f"the {kind} router is proven: {gain}, on {card.prompts} prompts"
-    fixed = FixedRouter.always(names, card.best_single_expert)
-    return fixed, card, f"the {kind} router is not proven: {gain}; every prompt goes to {card.best_single_expert}"
+def rows(matrix: Matrix) -> list[RoutingRow]:
+    """A matrix as a bundle keeps it."""
+    return [
+        RoutingRow(task=task, prompt=prompt, scores=dict(zip(matrix.experts, map(float, scores_E), strict=True)))
+        for task, prompt, scores_E in zip(matrix.tasks, matrix.prompts, matrix.scores_NE, strict=True)
+    ]
 
 
-def _write_tokenizer(model: Path, out: Path) -> None:
-    """The features' tokenizer as one file; converted where the model has only an older format."""
-    if (model / "tokenizer.json").exists():
-        files.copy(model / "tokenizer.json", out)
-        return
-    from transformers import AutoTokenizer
+def write(
+    out: Path, found: Published, features: Features, matrix: Matrix, *, k: int, cost_weight: float
+) -> tuple[RouterEntry, FeaturesEntry]:
+    """Write a router's files into `out`, where the features' are; what the manifest says of both."""
+    bundle.save_router(out, found.router, features)
+    bundle.save_routing(out, rows(matrix))
+    calibration = found.proven.calibration if found.proven else None
+    entry = RouterEntry(
+        kind=found.router.kind,
+        k=min(k, len(matrix.experts)),
+        cost_weight=cost_weight,
+        calibration=(calibration.intercept, calibration.slope) if calibration else None,
+        threshold=found.proven.threshold if found.proven else 0.0,
+    )
+    kind = "encoder" if features.kind == "encoder" else "token-embeddings"
+    return entry, FeaturesEntry(kind=kind, model="", dimension=features.dimension)
 
-    AutoTokenizer.from_pretrained(model, local_files_only=True).backend_tokenizer.save(str(out))
+
+def written(out: Path, kind: str) -> tuple[str, ...]:
+    """The files of a router and its features, as a manifest names them."""
+    return (bundle.ROUTER, bundle.ROUTING, *bundle.feature_files(out, kind))

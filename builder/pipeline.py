@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic.main import IncEx
 
@@ -24,7 +25,7 @@ from builder.proxy import tasks
 from builder.record import CandidateRecord, Record
 from builder.sources import Store
 from routers import bundle
-from routers.bundle import FeaturesEntry, Manifest, RouterEntry
+from routers.bundle import Manifest
 from routers.errors import BundleError
 
 Experts = Mapping[str, Candidate]
@@ -70,12 +71,13 @@ def build(
                     **dict(explore.record(zoo, members, evaluator, explored)),
                     candidates=_candidate_records(candidates, chosen, evaluator),
                     routing=routing.items,
-                    router_note=routing.note,
+                    router_note=routing.published.note,
+                    choices=_choices(zoo),
                 )
                 (partial / bundle.RECORD).write_text(record.model_dump_json(indent=2) + "\n", "utf-8")
                 bundle.write(partial, _manifest(zoo, inputs, made, members, routing, evaluator, partial))
             partial.rename(out)
-    progress.say(routing.note)
+    progress.say(routing.published.note)
     return True
 
 
@@ -100,7 +102,20 @@ def _digest(zoo: Zoo, members: Members) -> str:
         told[part] = {"tasks"}
     asked = [*zoo.proxy.tasks, *(zoo.test.tasks if zoo.test else ())]
     named = [bundle.digest(Path(task)).sha256 if is_task_file(task) else task for task in asked]
+    told["router"] = {"encoder"}
+    encoder = sorted(Path(zoo.router.encoder).rglob("*")) if zoo.router.encoder else []
+    named += [f"{path.name} {bundle.digest(path).sha256}" for path in encoder if path.is_file()]
     return digest(zoo.model_dump_json(exclude=told), *named, *(member.sha256 for member in members.values()))
+
+
+def _choices(zoo: Zoo) -> dict[str, Any]:
+    """What scoring one expert more, and fitting the router anew, has to know; task files by their names alone."""
+    chosen = zoo.model_dump(mode="json", include={"proxy", "test", "subjects", "router", "seed"})
+    chosen["router"].pop("encoder")
+    for part in ("proxy", "test"):
+        if chosen[part] is not None:
+            chosen[part]["tasks"] = [Path(task).name if is_task_file(task) else task for task in chosen[part]["tasks"]]
+    return chosen
 
 
 def _is_there(out: Path, inputs: str) -> bool:
@@ -167,12 +182,13 @@ def _manifest(
         zoo=zoo.name,
         inputs_sha256=inputs,
         seed=zoo.seed,
-        default=routing.default,
+        default=routing.published.default,
         experts=entries,
-        router=RouterEntry(kind=routing.router.kind, k=min(zoo.router.k, len(made))),
-        features=FeaturesEntry(model=zoo.router.features, dimension=routing.features.dimension),
-        scorecard=routing.scorecard,
-        files={name: bundle.digest(partial / name) for name in (bundle.ROUTER, bundle.TOKENIZER, bundle.RECORD)},
+        router=routing.router,
+        features=routing.about_features,
+        scorecard=routing.published.proven.card if routing.published.proven else None,
+        scorecards=routing.published.scorecards,
+        files={name: bundle.digest(partial / name) for name in (*routing.files, bundle.RECORD)},
     )
 
 

@@ -114,8 +114,9 @@ class SearchRecord(Strict):
 
 
 class Record(SearchRecord):
-    """Everything of a build but the weights."""
+    """Everything of a build but the weights; `choices` are the zoo's on scoring and routing."""
 
     candidates: tuple[CandidateRecord, ...]
     routing: tuple[RoutedRecord, ...]
     router_note: str
+    choices: dict[str, Any]

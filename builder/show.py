@@ -19,7 +19,9 @@ def print_table(shown: Any) -> None:
     """The table on stdout."""
     from rich.console import Console
 
-    Console().print(shown)
+    console = Console()
+    # A file or a pipe has no width; rich takes 80 columns, in which numbers are folded.
+    Console(width=None if console.is_terminal else max(console.width, 150)).print(shown)
 
 
 def print_plan(plan: Plan) -> None:

@@ -1,110 +1,92 @@
-"""A router scores the experts for a prompt's vector; the policy turns the scores into a route.
+"""A router estimates how well every expert would answer a prompt; what is done with it is the policy's business.
 
-Array names carry their shape: E experts, D features.
+Array names carry their shape: E experts, D features, N prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from routers.errors import RoutingError
-
 Vector = NDArray[np.float32]
-Reason = Literal["top_score", "no_evidence", "fixed", "pinned"]
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """Something that an estimate leans on, by its number among the router's own, and its cosine with the prompt."""
+
+    index: int
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What an estimate rests on, the nearest first.
+
+    gates: subjects' prompt vectors. clusters, neighbours: of the prompts that the router was fitted on. weights: a
+    formula of the vector alone. none: the prompt did not matter.
+    count: prompts with known scores that the estimate is a mean of; 0 where it is none.
+    """
+
+    kind: Literal["gates", "clusters", "neighbours", "weights", "none"]
+    near: tuple[Near, ...] = ()
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Estimate:
+    """For one prompt: each expert's expected score [E], and the standard deviation of scores around it [E]."""
+
+    quality_E: Vector
+    std_E: Vector
+    evidence: Evidence
 
 
 class Router(Protocol):
-    """Scores every expert for one prompt. Pure: the same vector gives the same scores in every process."""
+    """Estimates every expert for one prompt. Pure: the same vector gives the same estimate in every process."""
 
     kind: ClassVar[str]
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names, in the order of the scores."""
+        """Names, in the order of the estimates."""
         ...
 
-    def estimate(self, vector_D: Vector) -> Vector:
-        """Scores [E], higher is better; equal everywhere when the vector says nothing."""
+    @property
+    def dimension(self) -> int | None:
+        """D of the vectors that it takes; None for any."""
         ...
 
-    def arrays(self) -> dict[str, Vector]:
+    def estimate(self, vector_D: Vector) -> Estimate:
+        """Expected quality, its spread and the evidence; equal everywhere when the router knows nothing."""
+        ...
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
         """What a bundle stores."""
         ...
 
     @classmethod
-    def from_arrays(cls, experts: tuple[str, ...], arrays: Mapping[str, Vector]) -> Self:
+    def from_arrays(cls, experts: tuple[str, ...], arrays: Arrays) -> Self:
         """The router that `arrays()` came from; raises BundleError where shapes do not fit the experts."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """One expert's place in a route; weights are over the selected experts and sum to one."""
+class Fitted(Router, Protocol):
+    """A router that learns from scores: never from which expert was best, for most prompts have several (ties)."""
 
-    expert: str
-    score: float
-    selected: bool
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """The decision for one prompt, best expert first; made once and kept for the whole answer."""
-
-    ranking: tuple[Ranked, ...]
-    reason: Reason
-
-    @property
-    def expert(self) -> str:
-        """The expert that answers."""
-        return self.ranking[0].expert
-
-    @property
-    def margin(self) -> float:
-        """How far the first is ahead of the second, in score; 0.0 for a lone expert."""
-        return self.ranking[0].score - self.ranking[1].score if len(self.ranking) > 1 else 0.0
+    @classmethod
+    def fit(cls, experts: tuple[str, ...], vectors_ND: Vector, scores_NE: NDArray[np.float64], seed: int) -> Self:
+        """The router for prompts whose scores under every expert are known. Same inputs and seed, same router."""
+        ...
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """Top-k over the scores, softmax weights among the k (paper: softmax in fp32, renormalised over the k)."""
-
-    default: str
-    k: int = 1
-
-    def decide(self, experts: tuple[str, ...], scores_E: Vector, *, fixed: bool, k: int | None = None) -> Route:
-        """The route for `scores_E`; `k` overrides the bundle's. Raises RoutingError for a k out of 1..E.
-
-        Ties go to the default expert, then to the order in the bundle, on every machine.
-        """
-        k = self.k if k is None else k
-        if not 1 <= k <= len(experts):
-            raise RoutingError(f"k must be between 1 and {len(experts)}, the number of experts; got {k}")
-        favoured = np.array([expert != self.default for expert in experts])
-        order = np.lexsort((np.arange(len(experts)), favoured, -scores_E))
-        weights_K = _softmax(scores_E[order[:k]])
-        ranking = tuple(
-            Ranked(experts[e], float(scores_E[e]), rank < k, float(weights_K[rank]) if rank < k else 0.0)
-            for rank, e in enumerate(order)
-        )
-        silent = len(experts) > 1 and bool(np.all(scores_E == scores_E[0]))
-        return Route(ranking, "fixed" if fixed else "no_evidence" if silent else "top_score")
-
-
-def pin(experts: tuple[str, ...], expert: str) -> Route:
-    """The route of a request that names its expert. Raises RoutingError for one that is not there."""
-    if expert not in experts:
-        raise RoutingError(f"no model {expert!r}; there are: auto, {', '.join(experts)}")
-    others = (Ranked(other, 0.0, False, 0.0) for other in experts if other != expert)
-    return Route((Ranked(expert, 0.0, True, 1.0), *others), "pinned")
-
-
-def _softmax(scores_K: Vector) -> Vector:
-    exp_K = np.exp(scores_K.astype(np.float32) - scores_K.max())
-    weights_K: Vector = exp_K / exp_K.sum()
-    return weights_K
+def unit(vectors: Vector) -> Vector:
+    """Rows, or one vector, divided by their length; zeros stay zeros."""
+    lengths = np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    scaled: Vector = (vectors / lengths).astype(np.float32)
+    return scaled

@@ -1,8 +1,12 @@
 """THE artifact: the folder that the builder writes and the service reads.
 
     manifest.json        Manifest below, written last; a folder without one is not a bundle
-    router.safetensors   `router.*`: the router's arrays; `features.*`: embeddings (f16, [V, D]) and mean (f32, [D])
+    router.safetensors   `router.*`: the router's arrays; `features.*`: embeddings (f16, [V, D]) and mean (f32, [D]);
+                         its metadata name the experts, the kinds and the tokenizer that it was fitted for
     tokenizer.json       the features' tokenizer
+    encoder/             instead of embeddings and tokenizer: a model in sentence-transformers' layout, e.g. a trunk
+    routing.jsonl        the prompts that the router was fitted on, with every expert's score: an estimate's evidence,
+                         and what a newcomer is measured by
     build.json           how the bundle came about: similarities, clusters, every merge tried (builder/record.py)
     experts/<name>/      one whole model each, in the layout that transformers, vLLM and llama.cpp's converter load
 
@@ -14,33 +18,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tokenizers import Tokenizer
 
-from routers.base import Policy, Router
+from routers.base import Router
 from routers.errors import BundleError
-from routers.features import TokenEmbeddings
-from routers.fixed import FixedRouter
-from routers.linear import LinearRouter
+from routers.estimators import ROUTERS
+from routers.features import Features, TokenEmbeddings
+from routers.policy import Calibration, Policy
 from routers.prompt import PromptRouter
 from routers.scorecard import Scorecard
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MANIFEST = "manifest.json"
 ROUTER = "router.safetensors"
 TOKENIZER = "tokenizer.json"
+ENCODER = "encoder"
+ROUTING = "routing.jsonl"
 RECORD = "build.json"
 EXPERTS = "experts"
-
-ROUTERS: dict[str, type[Router]] = {"linear": LinearRouter, "fixed": FixedRouter}
 
 
 class Strict(BaseModel):
@@ -78,7 +83,7 @@ class Source(Strict):
 
 
 class Expert(Strict):
-    """One whole model of the bundle."""
+    """One whole model of the bundle; `parameters` are those that a token runs through."""
 
     name: ExpertName
     method: str
@@ -86,31 +91,48 @@ class Expert(Strict):
     subjects: tuple[str, ...] = ()
     scores: dict[str, float] = {}
     context_window: int = Field(gt=0)
+    parameters: int = Field(default=0, ge=0)
     files: dict[Inside, Digest]
 
 
 class RouterEntry(Strict):
-    """Which router; its arrays are in router.safetensors."""
+    """Which router, and its policy (routers/policy.py); its arrays are in router.safetensors."""
 
     kind: str
     k: int = Field(ge=1)
+    cost_weight: float = Field(default=0.0, ge=0)
+    calibration: tuple[float, float] | None = None
+    threshold: float = Field(default=0.0, ge=0, le=1)
 
 
 class FeaturesEntry(Strict):
-    """What turns a prompt into a vector."""
+    """What turns a prompt into a vector: a model's token embeddings, or an encoder's states.
 
-    kind: Literal["token-embeddings"] = "token-embeddings"
+    layers: of the model, that an encoder which is its trunk has; 0 is an encoder of its own.
+    """
+
+    kind: Literal["token-embeddings", "encoder"] = "token-embeddings"
     model: str
     dimension: int = Field(gt=0)
+    layers: int = Field(default=0, ge=0)
+
+
+class RoutingRow(Strict):
+    """A prompt that the router was fitted on, its task, and every expert's score."""
+
+    task: str
+    prompt: str
+    scores: dict[str, float]
 
 
 class Manifest(Strict):
     """All that a reader needs to know of a bundle before it opens anything else.
 
     inputs_sha256: of the zoo's choices and the weights of its models; a build with the same is free.
+    scorecard: of the router that is published; scorecards: of every router, cross-validated on the routing set.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     zoo: str
     inputs_sha256: str
     seed: int
@@ -119,6 +141,7 @@ class Manifest(Strict):
     router: RouterEntry
     features: FeaturesEntry
     scorecard: Scorecard | None = None
+    scorecards: dict[str, Scorecard] = {}
     files: dict[Inside, Digest]
 
     @property
@@ -139,6 +162,12 @@ class Bundle:
         """Where an expert's model is."""
         return self.path / EXPERTS / expert
 
+    def routing(self) -> list[RoutingRow]:
+        """The prompts that the router was fitted on, by the numbers that its evidence has. Raises BundleError."""
+        _check(self.path, ROUTING, self.manifest.files.get(ROUTING), hashed=True)
+        lines = (self.path / ROUTING).read_text("utf-8").splitlines()
+        return [RoutingRow.model_validate_json(line) for line in lines]
+
 
 def write(path: Path, manifest: Manifest) -> None:
     """Write the manifest of a folder whose other files are already there; the last step of a build."""
@@ -150,11 +179,25 @@ def write(path: Path, manifest: Manifest) -> None:
     partial.replace(path / MANIFEST)
 
 
-def save_router(path: Path, router: Router, features: TokenEmbeddings) -> None:
-    """Write router.safetensors into the folder `path`."""
+def save_router(path: Path, router: Router, features: Features) -> None:
+    """Write router.safetensors into the folder `path`, where the features' other files are already."""
     arrays: dict[str, np.ndarray] = {f"router.{name}": array for name, array in router.arrays().items()}
     arrays |= {f"features.{name}": array for name, array in features.arrays().items()}
-    (path / ROUTER).write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    (path / ROUTER).write_bytes(save(whole, _fitted_for(path, router.kind, router.experts, features.kind)))
+
+
+def save_routing(path: Path, rows: Iterable[RoutingRow]) -> None:
+    """Write routing.jsonl into the folder `path`."""
+    lines = [json.dumps(row.model_dump(), ensure_ascii=False) for row in rows]
+    (path / ROUTING).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def feature_files(path: Path, kind: str) -> list[str]:
+    """The features' files beside the router's, as the manifest names them."""
+    if kind == "token-embeddings":
+        return [TOKENIZER]
+    return sorted(str(file.relative_to(path)) for file in (path / ENCODER).rglob("*") if file.is_file())
 
 
 def read(path: Path) -> Bundle:
@@ -164,7 +207,7 @@ def read(path: Path) -> Bundle:
     Raises BundleError.
     """
     manifest = read_manifest(path)
-    for name in (ROUTER, TOKENIZER):
+    for name in (ROUTER, *_own_files(manifest)):
         _check(path, name, manifest.files.get(name), hashed=True)
     for name, digest in _expert_files(manifest):
         _check(path, name, digest, hashed=False)
@@ -227,22 +270,73 @@ def _check(path: Path, name: str, expected: Digest | None, *, hashed: bool) -> N
         raise BundleError(f"{path / name} is not the file that was built (sha256 differs): copy the bundle again")
 
 
+def _own_files(manifest: Manifest) -> list[str]:
+    if manifest.features.kind == "token-embeddings":
+        return [TOKENIZER]
+    return [name for name in manifest.files if name.startswith(f"{ENCODER}/")]
+
+
+def _fitted_for(path: Path, kind: str, experts: Sequence[str], features: str) -> dict[str, str]:
+    """What a router's file says of itself, so that another bundle's is known by it."""
+    told = {"kind": kind, "experts": json.dumps(list(experts)), "features": features}
+    if features == "token-embeddings":
+        told["tokenizer"] = digest(path / TOKENIZER).sha256
+    return told
+
+
 def _prompt_router(path: Path, manifest: Manifest) -> PromptRouter:
+    file_name = path / ROUTER
     try:
-        with safe_open(path / ROUTER, framework="numpy") as file:
+        with safe_open(file_name, framework="numpy") as file:
+            told = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safe_open is no dict
-        tokenizer = Tokenizer.from_file(str(path / TOKENIZER))
-        features = TokenEmbeddings(tokenizer, arrays["features.embeddings"], arrays["features.mean"])
-    except (SafetensorError, KeyError) as exc:
-        raise BundleError(f"{path / ROUTER} is not a router's file ({exc}): build it again") from exc
+    except (SafetensorError, OSError) as exc:
+        raise BundleError(f"{file_name} is not a router's file ({exc}): build it again") from exc
+    for what, value in _fitted_for(path, manifest.router.kind, manifest.names, manifest.features.kind).items():
+        if told.get(what) != value:
+            raise BundleError(
+                f"{file_name} was fitted for the {what} {told.get(what)}, this bundle has {value}: build it again"
+            )
     stored = {name.removeprefix("router."): array for name, array in arrays.items() if name.startswith("router.")}
     router = ROUTERS[manifest.router.kind].from_arrays(manifest.names, stored)
-    if features.dimension != manifest.features.dimension:
+    features = _features(path, manifest, arrays)
+    for owner, dimension in (("features", features.dimension), ("a router", router.dimension)):
+        if dimension not in (None, manifest.features.dimension):
+            raise BundleError(
+                f"{file_name} has {owner} of {dimension} dimensions, the manifest says "
+                f"{manifest.features.dimension}: build it again"
+            )
+    return PromptRouter(features, router, policy(manifest))
+
+
+def _features(path: Path, manifest: Manifest, arrays: Mapping[str, NDArray[Any]]) -> Features:
+    own = {name.removeprefix("features."): array for name, array in arrays.items() if name.startswith("features.")}
+    try:
+        if manifest.features.kind == "encoder":
+            from routers.encoder import Encoder  # torch, which token embeddings do without
+
+            return Encoder.from_arrays(path / ENCODER, own)
+        tokenizer = Tokenizer.from_file(str(path / TOKENIZER))
+        return TokenEmbeddings(tokenizer, own["embeddings"], own["mean"])
+    except KeyError as exc:
         raise BundleError(
-            f"{path / ROUTER} has features of {features.dimension} dimensions, the manifest says "
-            f"{manifest.features.dimension}: build it again"
-        )
-    return PromptRouter(features, router, Policy(manifest.default, manifest.router.k))
+            f"{path / ROUTER} is not a router's file (no features.{exc.args[0]}): build it again"
+        ) from exc
+
+
+def policy(manifest: Manifest) -> Policy:
+    """How the manifest's estimates become decisions; an expert's cost is its share of the most active parameters."""
+    most = max(expert.parameters for expert in manifest.experts)
+    entry = manifest.router
+    return Policy(
+        manifest.default,
+        entry.k,
+        entry.cost_weight,
+        {expert.name: expert.parameters / most for expert in manifest.experts} if most else {},
+        {expert.name: expert.context_window for expert in manifest.experts},
+        None if entry.calibration is None else Calibration(*entry.calibration),
+        entry.threshold,
+    )
 
 
 def _first_line(exc: Exception) -> str:

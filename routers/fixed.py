@@ -1,44 +1,48 @@
-"""The baseline that every other router must beat: always the same expert."""
+"""The baseline that every other router must beat: the same estimate for every prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from routers.base import Vector
-from routers.errors import BundleError
+from routers.base import Arrays, Estimate, Evidence, Vector
+from routers.shapes import Shapes
 
 
 class FixedRouter:
-    """Scores one for its expert and zero for the others, whatever the prompt."""
+    """Expects of every expert what it scored on the whole; so the best single expert answers everything."""
 
     kind: ClassVar[str] = "fixed"
+    dimension: ClassVar[None] = None
 
-    def __init__(self, experts: tuple[str, ...], scores_E: Vector) -> None:
+    def __init__(self, experts: tuple[str, ...], quality_E: Vector, std_E: Vector) -> None:
         self._experts = experts
-        self._scores_E = scores_E
+        self._estimate = Estimate(quality_E, std_E, Evidence("none"))
+
+    @classmethod
+    def fit(cls, experts: tuple[str, ...], vectors_ND: Vector, scores_NE: NDArray[np.float64], seed: int = 0) -> Self:
+        """Means and deviations of the scores; the vectors do not matter."""
+        return cls(experts, scores_NE.mean(axis=0).astype(np.float32), scores_NE.std(axis=0).astype(np.float32))
 
     @classmethod
     def always(cls, experts: tuple[str, ...], expert: str) -> Self:
         """The router that always picks `expert`."""
-        return cls(experts, np.array([name == expert for name in experts], np.float32))
+        quality_E = np.array([name == expert for name in experts], np.float32)
+        return cls(experts, quality_E, np.zeros(len(experts), np.float32))
 
     @property
     def experts(self) -> tuple[str, ...]:
         return self._experts
 
-    def estimate(self, vector_D: Vector) -> Vector:
-        """The same scores [E] for every prompt."""
-        return self._scores_E
+    def estimate(self, vector_D: Vector) -> Estimate:
+        return self._estimate
 
-    def arrays(self) -> dict[str, Vector]:
-        return {"scores": self._scores_E}
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {"quality": self._estimate.quality_E, "std": self._estimate.std_E}
 
     @classmethod
-    def from_arrays(cls, experts: tuple[str, ...], arrays: Mapping[str, Vector]) -> Self:
-        scores_E = arrays.get("scores")
-        if scores_E is None or scores_E.shape != (len(experts),):
-            raise BundleError(f"the fixed router needs scores for {len(experts)} experts: build again")
-        return cls(experts, scores_E)
+    def from_arrays(cls, experts: tuple[str, ...], arrays: Arrays) -> Self:
+        shapes = Shapes(cls.kind, arrays, E=len(experts))
+        return cls(experts, shapes.take("quality", "E"), shapes.take("std", "E"))

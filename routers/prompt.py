@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from routers.base import Policy, Route, Router, pin
-from routers.features import TokenEmbeddings
-from routers.fixed import FixedRouter
+from routers.base import Estimate, Router
+from routers.features import Features
+from routers.policy import NO_LIMITS, Limits, Policy, Route, pin
 
 AUTO = "auto"
 """The model name that asks for routing."""
@@ -24,7 +24,7 @@ class Pull:
 class PromptRouter:
     """What a bundle's routing is made of."""
 
-    features: TokenEmbeddings
+    features: Features
     router: Router
     policy: Policy
 
@@ -33,27 +33,26 @@ class PromptRouter:
         """Names, in the bundle's order."""
         return self.router.experts
 
-    def route(self, prompt: str, *, model: str = AUTO, k: int | None = None) -> Route:
-        """The route of a prompt, or of the pinned `model`. Raises RoutingError for an unknown model or k."""
+    def estimate(self, prompt: str) -> Estimate:
+        """What the router expects of every expert."""
+        return self.router.estimate(self.features.vector(prompt))
+
+    def route(self, prompt: str, *, model: str = AUTO, limits: Limits = NO_LIMITS) -> Route:
+        """The route of a prompt, or of the pinned `model`. Raises RoutingError for what cannot be."""
         if model != AUTO:
             return pin(self.experts, model)
-        return self._of_tokens(self.features.tokens(prompt), k)
+        return self.policy.decide(self.experts, self.estimate(prompt), limits)
 
     def explain(self, prompt: str, most: int = 5) -> list[Pull]:
         """The words that spoke most for the chosen expert: what the margin loses when a word is left out."""
-        ids = self.features.tokens(prompt)
-        route = self._of_tokens(ids)
-        if len(self.experts) == 1 or not ids:
+        route = self.route(prompt)
+        if len(self.experts) == 1:
             return []
         first, second = (self.experts.index(ranked.expert) for ranked in route.ranking[:2])
+        margin = route.ranking[0].quality - route.ranking[1].quality
         pulls: dict[str, float] = {}
-        for word, vector_D in self.features.leaving_out_each(ids):
-            scores_E = self.router.estimate(vector_D)
-            loss = route.margin - float(scores_E[first] - scores_E[second])
-            pulls[word] = pulls.get(word, 0.0) + loss
+        for word, vector_D in self.features.without_each(prompt):
+            quality_E = self.router.estimate(vector_D).quality_E
+            pulls[word] = pulls.get(word, 0.0) + margin - float(quality_E[first] - quality_E[second])
         ranked = sorted(pulls.items(), key=lambda item: -item[1])
         return [Pull(word, score) for word, score in ranked[:most] if score > 0 and word]
-
-    def _of_tokens(self, ids: list[int], k: int | None = None) -> Route:
-        scores_E = self.router.estimate(self.features.of_tokens(ids))
-        return self.policy.decide(self.experts, scores_E, fixed=self.router.kind == FixedRouter.kind, k=k)

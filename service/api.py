@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from routers.base import pin
+from routers.policy import pin
 from routers.prompt import AUTO, PromptRouter
 from service import completions, errors, schemas
 from service.completions import Completion, Decision

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from routers.base import Route
 from routers.errors import RoutingError
+from routers.policy import Limits, Route
 from routers.prompt import AUTO, PromptRouter, Pull
 from service.engines.base import Engine, Job, Piece, Prompt, Sampling
 from service.errors import RequestError
@@ -87,7 +87,7 @@ def decide(request: Request, router: PromptRouter) -> Decision:
     began = time.perf_counter()
     text = text_to_route(request.prompt)
     try:
-        route = router.route(text, model=request.model, k=request.k)
+        route = router.route(text, model=request.model, limits=Limits(k=request.k))
     except RoutingError as exc:
         if request.model == AUTO:  # it is always there, so the fault is with k
             raise RequestError(str(exc), param="k", code="invalid_value") from exc

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,9 @@ from builder.merge.stream import Executor
 from builder.mix import features
 from builder.mix.plan import Plan
 from builder.progress import Progress, Quiet
+from routers.mlp import train
 
 Doubles = NDArray[np.float64]
-STEPS, RATE, DECAY = 300, 3e-3, 1e-2
-MAX_TOKENS = 512
 
 
 class Text(BaseModel):
@@ -174,24 +173,17 @@ def fit(
     centred: bool = True,
     off: Sequence[Doubles] = (),
 ) -> MLP:
-    """The gate that maximises the mean over texts of log sum_e p(e|x) exp(score_e); all texts a step, by Adam.
+    """The gate that maximises the mean over texts of log sum_e p(e|x) exp(score_e).
 
     The features are freed of the directions `off` and scaled to unit variance; both are folded into the first layer.
     """
-    draws = np.random.default_rng(seed)
     mean_H = vectors_NH.mean(axis=0) if centred else np.zeros(vectors_NH.shape[1])
     free_NH = without(vectors_NH - mean_H, off)
-    scale_H = np.maximum(free_NH.std(axis=0), 1e-3 * max(float(free_NH.std()), 1e-12))
-    inputs = free_NH / scale_H
-    hidden, experts = inputs.shape[1], scores_NE.shape[1]
-    weights = [
-        draws.standard_normal((width, hidden)) * np.sqrt(2 / hidden),
-        np.zeros(width),
-        draws.standard_normal((experts, width)) * np.sqrt(1 / width) * 0.1,
-        np.zeros(experts),
-    ]
-    _descend(weights, lambda: _gradients(weights, inputs, scores_NE))
-    up_MH, up_M, down_EM, down_E = weights
+    # What the trainer expects: vectors about one long.
+    scale_H = np.maximum(free_NH.std(axis=0), 1e-3 * max(float(free_NH.std()), 1e-12)) * np.sqrt(len(mean_H))
+    inputs = (free_NH / scale_H).astype(np.float32)
+    weights = train(inputs, scores_NE - scores_NE.max(axis=1, keepdims=True), seed, loss="likelihood", hidden=width)
+    up_MH, up_M, down_EM, down_E = (each.astype(np.float64) for each in weights)
     return MLP(mean_H, without(up_MH / scale_H, off), up_M, down_EM, down_E)
 
 
@@ -202,43 +194,4 @@ def without(vectors: Doubles, off: Sequence[Doubles]) -> Doubles:
         return vectors
     basis, _ = np.linalg.qr(np.stack(along, axis=1))
     found: Doubles = vectors - vectors @ basis @ basis.T
-    return found
-
-
-def loss(logits_NE: Doubles, scores_NE: Doubles) -> float:
-    """The mean of -log sum_e p(e|x) exp(score_e)."""
-    return float(np.mean(_logsumexp(logits_NE) - _logsumexp(logits_NE + scores_NE)))
-
-
-def _gradients(weights: Sequence[Doubles], inputs_NH: Doubles, scores_NE: Doubles) -> list[Doubles]:
-    up_MH, up_M, down_EM, down_E = weights
-    before_NM = inputs_NH @ up_MH.T + up_M
-    inside_NM = np.maximum(before_NM, 0)
-    logits_NE = inside_NM @ down_EM.T + down_E
-    # What the gate says, less what it should have said once the answer is known: the posterior of each expert.
-    error_NE = (_softmax(logits_NE) - _softmax(logits_NE + scores_NE)) / len(inputs_NH)
-    back_NM = (error_NE @ down_EM) * (before_NM > 0)
-    return [back_NM.T @ inputs_NH, back_NM.sum(0), error_NE.T @ inside_NM, error_NE.sum(0)]
-
-
-def _descend(weights: Sequence[Doubles], gradients: Callable[[], Sequence[Doubles]]) -> None:
-    """Adam with decoupled decay (Loshchilov & Hutter 2019) down a cosine, in place."""
-    means, squares = ([np.zeros_like(w) for w in weights] for _ in range(2))
-    for step in range(1, STEPS + 1):
-        rate = RATE * 0.5 * (1 + np.cos(np.pi * (step - 1) / STEPS))
-        for weight, mean, square, gradient in zip(weights, means, squares, gradients(), strict=True):
-            mean += 0.1 * (gradient - mean)
-            square += 0.001 * (gradient**2 - square)
-            change = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.999**step)) + 1e-12)
-            weight -= rate * (change + (DECAY * weight if weight.ndim == 2 else 0))
-
-
-def _softmax(logits_NE: Doubles) -> Doubles:
-    found: Doubles = np.exp(logits_NE - _logsumexp(logits_NE)[:, None])
-    return found
-
-
-def _logsumexp(logits_NE: Doubles) -> Doubles:
-    top = logits_NE.max(axis=1)
-    found: Doubles = top + np.log(np.exp(logits_NE - top[:, None]).sum(axis=1))
     return found

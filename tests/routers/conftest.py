@@ -11,10 +11,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from routers import bundle
-from routers.base import Policy
-from routers.bundle import Expert, FeaturesEntry, Manifest, RouterEntry, Source
+from routers.bundle import Expert, FeaturesEntry, Manifest, RouterEntry, RoutingRow, Source
 from routers.features import TokenEmbeddings
 from routers.linear import LinearRouter
+from routers.policy import Policy
 from routers.prompt import PromptRouter
 
 WORDS = ("[UNK]", "solve", "count", "sum", "python", "code", "loop", "dragon", "castle", "the", "a")
@@ -52,6 +52,7 @@ def bundle_path(tmp_path: Path, tokenizer: Tokenizer, prompt_router: PromptRoute
         (folder / "model.safetensors").write_bytes(expert.encode() * 100)
     tokenizer.save(str(path / bundle.TOKENIZER))
     bundle.save_router(path, prompt_router.router, prompt_router.features)
+    bundle.save_routing(path, [RoutingRow(task="t", prompt="solve", scores=dict.fromkeys(EXPERTS, 1.0))])
     (path / bundle.RECORD).write_text("{}")
     bundle.write(path, manifest(path))
     return path
@@ -69,7 +70,9 @@ def manifest(path: Path) -> Manifest:
         )
         for name in EXPERTS
     )
-    files = {name: bundle.digest(path / name) for name in (bundle.ROUTER, bundle.TOKENIZER, bundle.RECORD)}
+    files = {
+        name: bundle.digest(path / name) for name in (bundle.ROUTER, bundle.TOKENIZER, bundle.ROUTING, bundle.RECORD)
+    }
     return Manifest(
         zoo="z",
         inputs_sha256="0" * 64,

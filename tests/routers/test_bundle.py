@@ -55,7 +55,7 @@ def test_reading_a_bundle_needs_neither_torch_nor_the_web() -> None:
 
 
 def test_verify_names_every_file_it_hashed(bundle_path: Path) -> None:
-    expected = {"router.safetensors", "tokenizer.json", "build.json"}
+    expected = {"router.safetensors", "tokenizer.json", "routing.jsonl", "build.json"}
     expected |= {f"experts/{name}/model.safetensors" for name in ("math", "code", "story")}
     assert set(bundle.verify(bundle_path)) == expected
 
@@ -97,12 +97,12 @@ def test_a_folder_without_a_manifest_asks_whether_the_build_finished(tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": 2}, "a bundle of format 2, this release reads 1"),
+        ({"format": 1}, "a bundle of format 1, this release reads 2"),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
         ({"default": "nobody"}, "no expert 'nobody', its default"),
-        ({"router": {"kind": "oracle", "k": 1}}, "a router of kind 'oracle'; known: linear, fixed"),
+        ({"router": {"kind": "oracle", "k": 1}}, "a router of kind 'oracle'; known: linear, ridge"),
         ({"router": {"kind": "linear", "k": 4}}, "routes to 4 experts and has 3"),
-        ({"router": {"kind": "fixed", "k": 1}}, "the fixed router needs scores for 3 experts"),
+        ({"router": {"kind": "fixed", "k": 1}}, "was fitted for the kind linear, this bundle has fixed"),
         ({"features": {"model": "m", "dimension": 8}}, "16 dimensions, the manifest says 8"),
         ({"experts": []}, "experts: Tuple should have at least 1 item"),
         ({"files": {"../secret": {"bytes": 1, "sha256": "0" * 64}}}, "not a path inside the bundle"),

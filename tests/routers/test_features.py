@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from routers.features import MAX_TOKENS, TokenEmbeddings, normalise
+from routers.features import MAX_TOKENS, TokenEmbeddings, normalise, spread
 from routers.prompt import PromptRouter
 
 
@@ -44,7 +44,7 @@ def test_only_the_end_of_a_long_prompt_counts(features: TokenEmbeddings) -> None
 
 def test_leaving_out_a_token_equals_the_prompt_without_it(features: TokenEmbeddings) -> None:
     ids = features.tokens("solve the sum the castle")
-    for word, vector_D in features.leaving_out_each(ids):
+    for word, vector_D in features.without_each("solve the sum the castle"):
         rest = [i for i, token in zip(ids, ["solve", "the", "sum", "the", "castle"], strict=True) if token != word]
         assert vector_D == pytest.approx(features.of_tokens(rest), abs=1e-5)
 
@@ -64,6 +64,35 @@ def test_a_prompt_without_words_goes_to_the_default(prompt_router: PromptRouter)
 
 def test_an_added_token_without_an_embedding_does_not_count(features: TokenEmbeddings, tokenizer: Tokenizer) -> None:
     before = features.vector("solve the sum")
-    tokenizer.add_tokens(["[PAD]"])
-    assert tokenizer.token_to_id("[PAD]") == 11
-    assert np.array_equal(features.vector("solve the [PAD] sum"), before)
+    tokenizer.add_tokens(["[pad]"])
+    assert tokenizer.token_to_id("[pad]") == 11
+    assert np.array_equal(features.vector("solve the [pad] sum"), before)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SOLVE THE SUM",
+        "<|im_start|>user\nsolve the sum<|im_end|>\n<|im_start|>assistant\n",
+        "[INST] solve the sum [/INST]",
+        "### Instruction:\nsolve the sum\n\n### Response:",
+        "Question: solve the sum\nAnswer:",
+        "USER: solve the sum ASSISTANT:".replace(" ASSISTANT", "\nASSISTANT"),
+        "solve\u00a0the \u200bsum",
+    ],
+)
+def test_case_and_what_is_left_of_a_template_do_not_change_the_text(text: str) -> None:
+    assert normalise(text) == "solve the sum"
+
+
+@pytest.mark.parametrize("text", ["a question: why?", "the answer: none of them", "write <s", "assistant"])
+def test_words_that_only_look_like_a_template_stay(text: str) -> None:
+    assert normalise(text) == text
+
+
+def test_spreading_is_half_a_whitening_of_the_table() -> None:
+    table_VD = (np.random.default_rng(0).normal(size=(500, 6)) * [9, 3, 1, 1, 1, 0.3]).astype(np.float32)
+    turned_VD = spread(table_VD).astype(np.float64)
+    before, after = (np.linalg.eigvalsh(np.cov(each.T)) for each in (table_VD, turned_VD))
+    ratio = after / np.sqrt(before)
+    assert ratio == pytest.approx(np.full(6, ratio[0]), rel=0.01)

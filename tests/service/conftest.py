@@ -9,9 +9,9 @@ import pytest
 from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from routers.base import Policy
 from routers.features import TokenEmbeddings
 from routers.linear import LinearRouter
+from routers.policy import Policy
 from routers.prompt import PromptRouter
 from service.app import create_app
 from service.engines.echo import EchoEngine

@@ -123,27 +123,6 @@ def test_layers_beyond_the_last_look_are_not_read(members: dict[str, Path], monk
 # Training
 
 
-def test_the_loss_is_the_marginal_likelihoods() -> None:
-    rng = np.random.default_rng(0)
-    logits, scores = rng.normal(size=(5, 3)), rng.normal(size=(5, 3)) * 20 - 50
-
-    expected = -np.mean(logsumexp(torch.from_numpy(logits).log_softmax(1).numpy() + scores, axis=1))
-    assert train.loss(logits, scores) == pytest.approx(expected)
-
-
-def test_the_gradients_are_torchs() -> None:
-    rng = np.random.default_rng(1)
-    inputs, scores = rng.normal(size=(6, 4)), rng.normal(size=(6, 3)) * 3
-    weights = [rng.normal(size=shape) for shape in ((5, 4), (5,), (3, 5), (3,))]
-    up, b, down, c = tensors = [torch.tensor(weight, requires_grad=True) for weight in weights]
-    logits = torch.relu(torch.tensor(inputs) @ up.T + b) @ down.T + c
-    (-(logits.log_softmax(1) + torch.tensor(scores)).logsumexp(1).mean()).backward()
-
-    for mine, tensor in zip(train._gradients(weights, inputs, scores), tensors, strict=True):
-        assert tensor.grad is not None
-        np.testing.assert_allclose(mine, tensor.grad.numpy(), rtol=1e-9, atol=1e-12)
-
-
 def test_a_trained_gate_finds_the_better_expert_of_new_texts() -> None:
     rng = np.random.default_rng(2)
     centres = rng.normal(size=(3, 20))
@@ -153,7 +132,9 @@ def test_a_trained_gate_finds_the_better_expert_of_new_texts() -> None:
     gate = train.fit(vectors[:60], scores[:60], width=16, seed=0)
 
     assert (gate.logits(vectors[60:]).argmax(1) == kinds[60:]).mean() > 0.95
-    assert train.loss(gate.logits(vectors[60:]), scores[60:]) < train.loss(np.zeros((60, 3)), scores[60:]) - 0.5
+    log_shares = torch.from_numpy(gate.logits(vectors[60:])).log_softmax(1).numpy()
+    # A gate that knows nothing loses log 3 nats of the best expert's.
+    assert logsumexp(log_shares + scores[60:], axis=1).mean() > -10 - 0.5
 
 
 def test_a_direction_that_is_taken_off_has_no_say() -> None:

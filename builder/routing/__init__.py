@@ -1,0 +1,1 @@
+"""Routers fitted, proved and compared: score matrices, cross-validation, the publication gate, the portfolio."""
