@@ -184,7 +184,9 @@ def save_router(path: Path, router: Router, features: Features) -> None:
     arrays: dict[str, np.ndarray] = {f"router.{name}": array for name, array in router.arrays().items()}
     arrays |= {f"features.{name}": array for name, array in features.arrays().items()}
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    (path / ROUTER).write_bytes(save(whole, _fitted_for(path, router.kind, router.experts, features.kind)))
+    told = _fitted_for(path, router.kind, router.experts, features.kind)
+    # One key: safetensors writes several in an order of its own, another in every process.
+    (path / ROUTER).write_bytes(save(whole, {"fitted_for": json.dumps(told)}))
 
 
 def save_routing(path: Path, rows: Iterable[RoutingRow]) -> None:
@@ -288,7 +290,7 @@ def _prompt_router(path: Path, manifest: Manifest) -> PromptRouter:
     file_name = path / ROUTER
     try:
         with safe_open(file_name, framework="numpy") as file:
-            told = file.metadata() or {}
+            told = json.loads((file.metadata() or {}).get("fitted_for", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safe_open is no dict
     except (SafetensorError, OSError) as exc:
         raise BundleError(f"{file_name} is not a router's file ({exc}): build it again") from exc

@@ -188,7 +188,7 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
 def _transformer(folder: Path) -> tuple[Callable[[str], list[int]], Any]:
     """What turns a text into tokens, and the model that reads them."""
     import torch
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a log is no terminal
@@ -197,10 +197,9 @@ def _transformer(folder: Path) -> tuple[Callable[[str], list[int]], Any]:
     _check_weights(folder)
     here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **here)
+        AutoConfig.from_pretrained(folder, **here)  # the tokenizer's loader reads it too, and would be blamed
     except Exception as exc:
-        # The tokenizers library raises bare Exceptions for a damaged file.
-        raise BundleError(f"the tokenizer in {folder} cannot be read: {_first(exc)}") from exc
+        raise BundleError(f"the model of {folder / 'config.json'} cannot be loaded: {_first(exc)}") from exc
     try:
         model, loaded = AutoModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **here
@@ -208,6 +207,11 @@ def _transformer(folder: Path) -> tuple[Callable[[str], list[int]], Any]:
     except Exception as exc:
         # Every model's config is checked by a class of its own, with errors of many kinds.
         raise BundleError(f"the model of {folder / 'config.json'} cannot be loaded: {_first(exc)}") from exc
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **here)
+    except Exception as exc:
+        # The tokenizers library raises bare Exceptions for a damaged file.
+        raise BundleError(f"the tokenizer in {folder} cannot be read: {_first(exc)}") from exc
     # transformers fills what is missing with random numbers; the pooler is not looked at.
     missing = sorted(name for name in loaded["missing_keys"] if not name.startswith("pooler."))
     if missing:

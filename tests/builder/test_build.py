@@ -184,12 +184,12 @@ def test_a_router_that_does_not_win_gives_way_to_the_best_single(zoo_file: Path,
                 f'{{ id = "{name}", source = "./{name}", subject = "{name}" }}',
                 f'{{ id = "{name}", source = "./{name}", subject = "{other}" }}',
             )
-        return text
+        return text.replace("[router]", '[router]\nkind = "linear"')
 
     path = build(variant(zoo_file, "confused", confuse), tmp_path)
     manifest = bundle.read_manifest(path)
     assert manifest.scorecard is not None
-    assert manifest.scorecard.gain < 0
+    assert manifest.scorecards["linear"].gain_low <= 0
     assert manifest.router.kind == "fixed"
     picked = {item.picked for item in Record.model_validate_json((path / bundle.RECORD).read_text("utf-8")).routing}
     assert picked == {manifest.scorecard.best_single_expert}

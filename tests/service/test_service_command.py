@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def folder(tmp_path: Path, router: PromptRouter, tokenizer: Tokenizer) -> Path:
     """A bundle whose experts have no files."""
-    bundle.save_router(tmp_path, router.router, router.features)
     tokenizer.save(str(tmp_path / bundle.TOKENIZER))
+    bundle.save_router(tmp_path, router.router, router.features)
     source = Source(model="toy", source="toy", revision=None, weights="0" * 64, coefficient=1.0)
     experts = [
         Expert(name=name, method="copy", sources=(source,), context_window=64, files={}) for name in router.experts
