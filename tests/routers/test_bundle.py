@@ -128,3 +128,27 @@ def test_a_manifest_that_is_not_text_is_refused(bundle_path: Path) -> None:
     (bundle_path / bundle.MANIFEST).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BundleError, match="is not a manifest"):
         bundle.read(bundle_path)
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({"experts": '["math", "code", "poem"]'}, r"fitted for the experts .*poem.*, this bundle has .*story"),
+        ({"tokenizer": "0" * 64}, "fitted for the tokenizer 0000"),
+        ({"kind": "knn"}, "fitted for the kind knn, this bundle has linear"),
+    ],
+)
+def test_a_router_of_another_bundle_is_refused_by_what_differs(
+    bundle_path: Path, told: dict[str, str], sentence: str
+) -> None:
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    file = bundle_path / bundle.ROUTER
+    with safe_open(file, framework="numpy") as opened:
+        fitted_for = json.loads(opened.metadata()["fitted_for"]) | told
+    save_file(load_file(file), file, {"fitted_for": json.dumps(fitted_for)})
+    files = json.loads((bundle_path / bundle.MANIFEST).read_text())["files"]
+    edit(bundle_path, files=files | {bundle.ROUTER: bundle.digest(file).model_dump()})
+    with pytest.raises(BundleError, match=sentence):
+        bundle.read(bundle_path)
