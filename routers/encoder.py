@@ -201,17 +201,17 @@ def _transformer(folder: Path) -> tuple[Callable[[str], list[int]], Any]:
     except Exception as exc:
         raise BundleError(f"the model of {folder / 'config.json'} cannot be loaded: {_first(exc)}") from exc
     try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **here)
+    except Exception as exc:
+        # The tokenizers library raises bare Exceptions for a damaged file.
+        raise BundleError(f"the tokenizer in {folder} cannot be read: {_first(exc)}") from exc
+    try:
         model, loaded = AutoModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **here
         )
     except Exception as exc:
         # Every model's config is checked by a class of its own, with errors of many kinds.
         raise BundleError(f"the model of {folder / 'config.json'} cannot be loaded: {_first(exc)}") from exc
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **here)
-    except Exception as exc:
-        # The tokenizers library raises bare Exceptions for a damaged file.
-        raise BundleError(f"the tokenizer in {folder} cannot be read: {_first(exc)}") from exc
     # transformers fills what is missing with random numbers; the pooler is not looked at.
     missing = sorted(name for name in loaded["missing_keys"] if not name.startswith("pooler."))
     if missing:

@@ -295,6 +295,7 @@ def test_a_folder_without_the_unused_pooler_is_taken(make: Make) -> None:
         ("1_Pooling/config.json", {"pooling_mode": "weightedmean"}, "weightedmean"),
         ("1_Pooling/config.json", {"pooling_mode_mean_sqrt_len_tokens": True}, "mean_sqrt_len_tokens"),
         ("2_Dense/config.json", {"activation_function": "os.system"}, "os.system"),
+        ("2_Dense/config.json", {"activation_function": "elsewhere.Tanh"}, "elsewhere.Tanh"),
         ("2_Dense/config.json", {"in_features": HIDDEN, "out_features": 8, "use_residual": True}, "use_residual"),
         ("2_Dense/config.json", {"in_features": 7, "out_features": 8}, "does not hold"),
         ("modules.json", [{"type": f"{PACKAGE}.Transformer", "path": "../other"}], "other"),
