@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from builder import files
 from builder.architecture import context_window
 from builder.candidate import Candidate
-from builder.checkpoints import read_config, weight_files
+from builder.checkpoints import Checkpoint, read_config, weight_files
 from builder.config import Base, Model
 from builder.members import Members
 from builder.merge import folder as model_folder
@@ -67,6 +68,7 @@ def entry(
         subjects=subjects,
         scores=dict(scores),
         context_window=context_window(read_config(folder)),
+        parameters=sum(math.prod(tensor.shape) for tensor in Checkpoint(folder).tensors.values()),
         files={path.name: bundle.digest(path) for path in sorted(folder.iterdir())},
     )
 
