@@ -100,7 +100,9 @@ def drop(path: Path, name: str, out: Path) -> str:
     kept = tuple(expert for expert in read.manifest.experts if expert.name != name)
     matrix = _matrix(read).only([expert.name for expert in kept])
     owned = {expert.name: expert.subjects for expert in kept}
-    subjects = dict(record.choices["subjects"])
+    # A subject that nobody answers for any more is nobody's opposite either.
+    left = {subject for own in owned.values() for subject in own}
+    subjects = {name: prompts for name, prompts in record.choices["subjects"].items() if name in left}
     with files.locked(out.with_name(f"{out.name}.partial")) as partial:
         _refuse(out)
         _share(path, partial, [expert.name for expert in kept])
