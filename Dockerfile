@@ -12,6 +12,7 @@ FROM ${PYTHON}-bookworm AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY routers routers
+COPY composed composed
 COPY builder builder
 COPY service service
 RUN --mount=type=cache,target=/root/.cache/pip pip wheel --no-deps --wheel-dir /wheels .
