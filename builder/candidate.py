@@ -1,4 +1,4 @@
-"""A candidate: what may become an expert, one model as it is or a merge of several as a recipe."""
+"""A candidate: what may become an expert, one model as it is, or a merge or mixture of several."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import yaml
 
 from builder import architecture
 from builder.checkpoints import Checkpoint
-from builder.merge import METHODS, recipe
+from builder.merge import METHODS, recipe, stream
 from builder.merge.models import Found, layer_of
 from builder.merge.plan import Plan, plan
 from builder.merge.vocabulary import Vocabulary
+from builder.mix.members import planned, spec_of
+from builder.mix.plan import Plan as MixturePlan
+from builder.mix.write import write as write_mixture
 
 Weights = Mapping[str, float]
 Value = float | Sequence[float]
@@ -24,11 +27,11 @@ Value = float | Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model of the zoo, or a merge.
+    """A model of the zoo, a merge, or a mixture.
 
     weights: how much of each member is in it, in order; the first gives the tokenizer and the chat template. With one
-    member it is that model as it is. said: the recipe of a merge in mergekit's schema, by members' names; empty for one
-    model.
+    member it is that model as it is. said: the recipe of a merge in mergekit's schema, by members' names; of a mixture
+    `mixture` alone, the keys of a spec with every expert as `model` and `positive_prompts`; empty for one model.
     """
 
     weights: Weights
@@ -46,8 +49,15 @@ class Candidate:
 
     @property
     def method(self) -> str:
-        """The merge method; `copy` of one model."""
+        """The merge method, or the mixture's short name; `copy` of one model."""
+        if self.mixture:
+            return str(self.mixture["mixture"])
         return str(self.said["merge_method"]) if self.said else "copy"
+
+    @property
+    def mixture(self) -> Mapping[str, Any] | None:
+        """What a mixture is made of and how; None for a merge, and for one model."""
+        return self.said.get("mixture")
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -74,6 +84,20 @@ class Candidate:
         said = recipe.parse(text, f"the merge of {', '.join(self.members)}", Path())
         known = opened or {}
         return plan(said, lambda name: Found(folders[name], opened=known.get(name)), vocabulary=vocabulary)
+
+    def mix(self, folders: Mapping[str, Path]) -> MixturePlan:
+        """What a mixture will be, from headers alone. Raises ModelGlueError for what does not mix."""
+        assert self.mixture is not None
+        choices = {key: value for key, value in self.mixture.items() if key != "experts"}
+        prompts = {each["model"]: each["positive_prompts"] for each in self.mixture["experts"]}
+        return planned(spec_of(prompts, **choices), folders)
+
+    def write(self, folders: Mapping[str, Path], out: Path) -> tuple[str, ...]:
+        """Write what is made of several models as the model folder `out`; what is to be said of it."""
+        if self.mixture:
+            return write_mixture(self.mix(folders), out).warnings
+        stream.write(self.plan(folders), out)
+        return ()
 
 
 def short(names: Sequence[str]) -> str:

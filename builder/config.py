@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from builder.errors import ZooError
 from builder.merge import METHODS
+from builder.mix.spec import Gate
+from builder.mix.spec import Mixture as Kind
 from builder.zoos.tiny.corpus import DOMAINS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -139,6 +141,29 @@ class Search(Strict):
         return METHODS[self.method].base == "required" and METHODS[self.method].most != 1
 
 
+class Mixture(Strict):
+    """Every cluster's models as one checkpoint, a candidate beside the merge that is found of them (docs/mixing.md).
+
+    mixture: its level, gate and input, as `builder mix` calls them. hybrid_layers: how many layers from the first on
+    are merged. gate: made from the prompts of the models' subjects, unless it is said or the mixture's letter M says
+    it. experts_per_token: how many of the models answer.
+    """
+
+    mixture: Kind = "M-L-S"
+    hybrid_layers: Annotated[int, Field(ge=0)] | Literal["half"] = 0
+    gate: Gate | None = None
+    experts_per_token: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        linear = self.mixture[2] == "L"
+        if linear and self.gate == "mlp":
+            raise ValueError(f"{self.mixture} has linear gates: mlp belongs to {self.mixture.replace('-L-', '-M-')}")
+        if not linear and self.gate not in (None, "mlp"):
+            raise ValueError(f"{self.mixture} has MLP gates, which are trained: leave gate out")
+        return self
+
+
 class Proxy(Strict):
     """What a candidate is scored on: the mean over tasks of the samples' mean metric.
 
@@ -215,6 +240,7 @@ class Zoo(Strict):
     subjects: dict[str, Annotated[tuple[Prompt, ...], Field(min_length=1)]]
     cluster: Cluster = Cluster()
     search: Search = Search()
+    mixture: Mixture | None = None
     proxy: Proxy
     test: Test | None = None
     router: Routing
@@ -354,6 +380,7 @@ def _fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
         "models": Model,
         "cluster": Cluster,
         "search": Search,
+        "mixture": Mixture,
         "proxy": Proxy,
         "test": Test,
         "router": Routing,

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic.main import IncEx
 
-from builder import experts, explore, files, fit_router, select
+from builder import experts, explore, files, fit_router, mixtures, select
 from builder.candidate import Candidate, whole
 from builder.config import Zoo, is_task_file
 from builder.errors import BuildError, ZooError
@@ -20,6 +20,7 @@ from builder.explore import Explored
 from builder.fit_router import Routing
 from builder.journal import Journal, digest
 from builder.members import Members, open_all
+from builder.mixtures import Mixed
 from builder.progress import Progress
 from builder.proxy import tasks
 from builder.record import CandidateRecord, Record
@@ -62,14 +63,16 @@ def build(
             with contextlib.closing(executor(members)) as workers:
                 evaluator = Evaluator(zoo, members, journal, progress, workers, retry)
                 explored = explore.explore(zoo, members, evaluator, storage)
-                candidates = _candidates(zoo, explored)
-                chosen = _choose(zoo, candidates, explored, evaluator)
+                mixed = mixtures.mix(zoo, members, evaluator, explored)
+                candidates = _candidates(zoo, explored, mixed)
+                chosen = _choose(zoo, candidates, explored, mixed, evaluator)
                 made = {name: candidates[name] for name in chosen}
                 _write_experts(partial / bundle.EXPERTS, made, members, evaluator)
                 routing = fit_router.publish(zoo, made, members, evaluator, partial)
                 record = Record(
                     **dict(explore.record(zoo, members, evaluator, explored)),
                     candidates=_candidate_records(candidates, chosen, evaluator),
+                    mixtures=mixtures.record(zoo, mixed, candidates),
                     routing=routing.items,
                     router_note=routing.published.note,
                     choices=_choices(zoo),
@@ -130,16 +133,20 @@ def _is_there(out: Path, inputs: str) -> bool:
     return True
 
 
-def _candidates(zoo: Zoo, explored: Explored) -> dict[str, Candidate]:
-    """What may become an expert: the merges, and every model whole. No merge takes the name of another candidate."""
+def _candidates(zoo: Zoo, explored: Explored, mixed: Mapping[int, Mixed]) -> dict[str, Candidate]:
+    """What may become an expert: mixtures, merges, and every model whole; none takes the name of another candidate."""
     wholes = {model.id: whole(model.id) for model in zoo.models}
-    return {**explore.merges(explored, list(wholes)), **wholes}
+    merges = explore.merges(explored, list(wholes))
+    return {**mixtures.named(mixed, [*merges, *wholes]), **merges, **wholes}
 
 
-def _choose(zoo: Zoo, candidates: Experts, explored: Explored, evaluator: Evaluator) -> dict[str, float]:
+def _choose(
+    zoo: Zoo, candidates: Experts, explored: Explored, mixed: Mapping[int, Mixed], evaluator: Evaluator
+) -> dict[str, float]:
     """The experts, each with the perfect router's score once it was chosen."""
     if zoo.experts == "cluster":
-        kept = [found.outcome.candidate for found in explored.found]
+        best = [found.outcome.candidate for found in explored.found]
+        kept = [mixed[i].candidate if i in mixed and mixed[i].wins else each for i, each in enumerate(best)]
         scores = {name: evaluator.scores(each) for name, each in candidates.items() if each in kept}
         return select.choose(scores, len(scores), stop_early=False)
     return select.choose({name: evaluator.scores(each) for name, each in candidates.items()}, zoo.experts)
@@ -147,13 +154,14 @@ def _choose(zoo: Zoo, candidates: Experts, explored: Explored, evaluator: Evalua
 
 def _write_experts(folder: Path, made: Experts, members: Members, evaluator: Evaluator) -> None:
     lacking = [each for name, each in made.items() if not (folder / name).exists()]
-    need, free = sum(members[each.members[0]].checkpoint.bytes for each in lacking), files.free(folder)
+    need, free = sum(experts.size(each, members) for each in lacking), files.free(folder)
     if need > free:
         raise BuildError(
             f"the experts need {need / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or set --out"
         )
     for name, candidate in made.items():
-        experts.write(folder / name, candidate, members)
+        for sentence in experts.write(folder / name, candidate, members):
+            evaluator.progress.say(f"{name}: {sentence}")
         if candidate.said:
             evaluator.check_written(candidate, folder / name)
     experts.keep_only(folder, made)

@@ -52,14 +52,15 @@ def plan(zoo: Zoo, store: Store) -> Plan:
     known = [size for size in sizes if size is not None]
     experts = len(families) if zoo.experts == "cluster" else min(zoo.experts, len(models) + len(families))
     complete = len(known) == len(sizes)
+    mixtures = _mixtures(zoo, models, families) if complete else []
     return Plan(
         zoo.name,
         models,
         {key: tuple(members) for key, members in families.items()},
-        disk=sum(known) + experts * max(known) if complete else None,
-        memory=FP32 * max(known) + 1_000_000_000 if complete else None,
+        disk=sum(known) + experts * max(known) + sum(mixtures) if complete else None,
+        memory=FP32 * max([*known, *mixtures]) + 1_000_000_000 if complete else None,
         trials=trials,
-        steps=_steps(zoo, store, trials, _largest(models, families) if complete else None),
+        steps=_steps(zoo, store, trials, _largest(models, families) if complete else None, mixtures),
     )
 
 
@@ -78,6 +79,13 @@ def _largest(models: Sequence[PlannedModel], families: Mapping[str, Sequence[str
     return max(sum(model.bytes or 0 for model in models if model.id in names) for names in families.values())
 
 
+def _mixtures(zoo: Zoo, models: Sequence[PlannedModel], families: Mapping[str, Sequence[str]]) -> list[int]:
+    """Bytes of every family's mixture at most: all the members, and what they share."""
+    sizes = {model.id: model.bytes or 0 for model in models}
+    kin = [[sizes[name] for name in names] for names in families.values() if len(names) > 1]
+    return [sum(each) + max(each) for each in kin] if zoo.mixture else []
+
+
 def _held(size: int | None) -> str:
     """Whether the members of a search stay in memory between its trials."""
     if size is None:
@@ -90,7 +98,14 @@ def _held(size: int | None) -> str:
     )
 
 
-def _steps(zoo: Zoo, store: Store, trials: int, members: int | None) -> tuple[str, ...]:
+def _mixing(zoo: Zoo, mixtures: Sequence[int]) -> tuple[str, ...]:
+    if zoo.mixture is None:
+        return ()
+    size = f", {max(mixtures) / 1e9:.1f} GB at most, in the temporary folder too" if mixtures else ""
+    return (f"mix every cluster's models as {zoo.mixture.mixture} and score the mixtures{size}",)
+
+
+def _steps(zoo: Zoo, store: Store, trials: int, members: int | None, mixtures: Sequence[int]) -> tuple[str, ...]:
     missing = [name for name in store.needed() if store.locate(name) is None]
     kept = "one expert a cluster" if zoo.experts == "cluster" else f"up to {zoo.experts} experts, greedily"
     return (
@@ -99,6 +114,7 @@ def _steps(zoo: Zoo, store: Store, trials: int, members: int | None) -> tuple[st
         f"similarity in one pass; clusters at {zoo.cluster.threshold}, {zoo.cluster.linkage}",
         f"score {len(zoo.models)} models by {zoo.proxy.metric} on {', '.join(zoo.proxy.tasks)}",
         f"search by {zoo.search.strategy} with {zoo.search.method} merges: at most {trials} trials; {_held(members)}",
+        *_mixing(zoo, mixtures),
         f"keep {kept}",
         f"score the experts on the routing set, fit the {zoo.router.kind} router, k = {zoo.router.k}",
         "write the bundle",

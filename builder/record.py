@@ -88,6 +88,19 @@ class CandidateRecord(Strict):
     reach: float | None
 
 
+class MixtureRecord(Strict):
+    """A cluster's mixture; `note` says how it stands beside the merge that was found, or why there is none.
+
+    name: of the candidate. said: its spec.
+    """
+
+    models: tuple[str, ...]
+    name: str | None
+    said: dict[str, Any]
+    score: Estimate | None
+    note: str
+
+
 class RoutedRecord(Strict):
     """A prompt of the routing set: who was picked, and what every expert scored on it."""
 
@@ -117,6 +130,7 @@ class Record(SearchRecord):
     """Everything of a build but the weights; `choices` are the zoo's on scoring and routing."""
 
     candidates: tuple[CandidateRecord, ...]
+    mixtures: tuple[MixtureRecord, ...] = ()
     routing: tuple[RoutedRecord, ...]
     router_note: str
     choices: dict[str, Any]

@@ -43,7 +43,7 @@ class Scored:
 
 @dataclass
 class Bench:
-    """Scores candidates on one device. Lone models are loaded; merges are written into one live model.
+    """Scores candidates on one device. Lone models and mixtures are loaded; merges are written into one live model.
 
     device: cpu, cuda, cuda:1; None is cuda where there is one. Raises ModelGlueError for what cannot be scored.
     """
@@ -77,6 +77,10 @@ class Bench:
         first = self.places[candidate.members[0]]
         if not candidate.said:
             return Scorer(first.folder, device=self.device, trust_remote_code=first.trust_remote_code)
+        if candidate.mixture:
+            self._live = None  # a mixture is as large as all its members together
+            candidate.write({name: self.places[name].folder for name in candidate.members}, scratch / "mixture")
+            return Scorer(scratch / "mixture", device=self.device)
         plan = self._plan(candidate)
         if self._live is None or not self._live.fits(plan, first.folder):
             self._live = None  # the old one goes before the new one comes

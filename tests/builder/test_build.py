@@ -206,7 +206,7 @@ def test_a_merge_never_takes_the_name_of_another_candidate(zoo_file: Path) -> No
         for models, candidate in ((("a", "b", "a-b"), pair), (("c",), whole("c")))
     ]
     renamed = zoo.model_copy(update={"models": tuple(named)})
-    candidates = pipeline._candidates(renamed, Explored((), tuple(found)))
+    candidates = pipeline._candidates(renamed, Explored((), tuple(found)), {})
     assert candidates == {"a-b-merged": pair} | {name: whole(name) for name in ("a", "b", "a-b", "c")}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from builder.proxy.requests import Likelihood
-from builder.proxy.scorer.encoding import Prompt, Row
+from builder.proxy.scorer.encoding import Prompt, Row, Tokens
 from builder.proxy.scorer.packed import scores
 from builder.proxy.scorer.stops import Stops
 
@@ -20,7 +20,7 @@ BATCH_TOKENS = 2048
 
 def likelihoods(model: Any, rows: Sequence[Row]) -> Iterator[tuple[int, Likelihood]]:
     """The likelihood of each row, by its index, as soon as it is known; every row has something to score."""
-    for batch in _batches(rows, _groups(rows)):
+    for batch in _batches(rows, _groups(rows, routed=_routed(model))):
         first = min(rows[i].start for group in batch for i in group) - 1
         logits_BSV = _logits(model, [rows[group[0]] for group in batch], first)
         for group, logits_SV in zip(batch, logits_BSV, strict=True):
@@ -63,12 +63,21 @@ def _written(model: Any, stops: Stops, prompts: Sequence[Prompt]) -> list[list[i
     return [ended[row] for row in range(len(prompts))]
 
 
-def _groups(rows: Sequence[Row]) -> list[list[int]]:
-    """Rows that one forward tells: the inputs of the others begin those of the first. Longest first."""
+def _routed(model: Any) -> bool:
+    """Whether which tokens are the prompt decides what the model says: a composed one's that routes by prompts."""
+    return getattr(model.config, "routing", None) == "sample"
+
+
+def _groups(rows: Sequence[Row], *, routed: bool = False) -> list[list[int]]:
+    """Rows that one forward tells: the inputs of the others begin those of the first. Longest first.
+
+    routed: their prompts are the same too.
+    """
     keys = [row.tokens[:-1].astype(">u4").tobytes() for row in rows]
     groups: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: keys[i], reverse=True):
-        if groups and keys[groups[-1][0]].startswith(keys[i]):
+        first = rows[groups[-1][0]] if groups else None
+        if first and keys[groups[-1][0]].startswith(keys[i]) and not (routed and first.start != rows[i].start):
             groups[-1].append(i)
         else:
             groups.append([i])
@@ -90,17 +99,27 @@ def _batches(rows: Sequence[Row], groups: Sequence[list[int]]) -> Iterator[list[
 @torch.inference_mode()
 def _logits(model: Any, rows: Sequence[Row], first: int) -> Tensor:
     """The logits after every token from `first` on; rows are padded on the right, where nothing attends."""
-    lengths = [len(row.tokens) - 1 for row in rows]
-    ids_BS = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
-    for row, length, ids_S in zip(rows, lengths, ids_BS, strict=True):
-        ids_S[:length] = torch.from_numpy(row.tokens[:-1])
-    mask_BS = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    inputs = {"input_ids": ids_BS.to(model.device), "attention_mask": mask_BS.to(model.device)}
+    inputs = _padded([row.tokens[:-1] for row in rows], model.device)
+    if _routed(model):
+        # A text that follows nothing is routed by all of itself.
+        prompts = [row.tokens[: row.start if row.start > 1 else -1] for row in rows]
+        inputs["routes"] = model.route(**_padded(prompts, model.device)).weights
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        kept_BSV: Tensor = model(**inputs, use_cache=False, logits_to_keep=max(lengths) - first).logits
+        kept = inputs["input_ids"].shape[1] - first
+        kept_BSV: Tensor = model(**inputs, use_cache=False, logits_to_keep=kept).logits
         return kept_BSV
     all_BSV: Tensor = model(**inputs, use_cache=False).logits
     return all_BSV[:, first:]
+
+
+def _padded(texts: Sequence[Tokens], device: torch.device) -> dict[str, Tensor]:
+    """A batch of tokens, padded on the right, and which of them are none."""
+    lengths = [len(text) for text in texts]
+    ids_BS = torch.zeros((len(texts), max(lengths)), dtype=torch.long)
+    for text, ids_S in zip(texts, ids_BS, strict=True):
+        ids_S[: len(text)] = torch.from_numpy(text)
+    mask_BS = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids_BS.to(device), "attention_mask": mask_BS.to(device)}
 
 
 def _likelihood(row: Row, logits_SV: Tensor) -> Likelihood:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+import composed  # noqa: F401 - transformers then loads such checkpoints without running code of theirs
 from builder.errors import CheckpointError
 from builder.proxy.requests import Answer, Choices, Generation, Likelihood, Request, Rolling
 from builder.proxy.scorer import greedy, packed, padded
