@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
@@ -150,7 +151,7 @@ class Manifest(Strict):
         return tuple(expert.name for expert in self.experts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Bundle:
     """A bundle as read: its manifest, and its routing ready to use."""
 
@@ -162,6 +163,7 @@ class Bundle:
         """Where an expert's model is."""
         return self.path / EXPERTS / expert
 
+    @cached_property
     def routing(self) -> list[RoutingRow]:
         """The prompts that the router was fitted on, by the numbers that its evidence has. Raises BundleError."""
         _check(self.path, ROUTING, self.manifest.files.get(ROUTING), hashed=True)

@@ -67,7 +67,7 @@ def serve(
     console.print(f"playground: [bold]{address(host, listening)}[/]   (Ctrl-C stops)")
     # Whoever runs this has asked for the end, so the end is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    app = create_app(read.router, engine)
+    app = create_app(read, engine)
     config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=grace, server_header=False)
     with suppress(KeyboardInterrupt):
         asyncio.run(run(config, listening, answer_all(ask or (), read.router, engine)))

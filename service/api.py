@@ -19,14 +19,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from routers.bundle import Bundle
+from routers.explain import Detail, explain
 from routers.policy import pin
-from routers.prompt import AUTO, PromptRouter
+from routers.prompt import AUTO
 from service import completions, errors, schemas
 from service.completions import Completion, Decision
 from service.engines.base import Engine, EngineError, State
 from service.errors import RequestError
 from service.metrics import Metrics
-from service.schemas import Answer, Body, ChatBody, CompletionBody, Json, RouteQuery
+from service.schemas import Answer, Body, ChatBody, CompletionBody, DetailQuery, Json, RouteQuery
 
 MAX_BODY: Final = 1 << 20
 """Bytes of a request's body."""
@@ -55,12 +57,13 @@ logger = logging.getLogger(__name__)
 
 
 class Api:
-    """The endpoints over one router and one engine."""
+    """The endpoints over one bundle and one engine."""
 
-    def __init__(self, router: PromptRouter, engine: Engine) -> None:
-        self._router = router
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self._bundle = bundle
+        self._router = bundle.router
         self._engine = engine
-        self._metrics = Metrics(router.experts)
+        self._metrics = Metrics(bundle.router.experts)
         self._since = int(time.time())
 
     def endpoints(self) -> APIRouter:
@@ -89,13 +92,13 @@ class Api:
 
     async def route_of_query(self, query: Annotated[RouteQuery, Query()]) -> Json:
         """The route of a prompt, and why; nothing is generated."""
-        return self._route(query.request())
+        return self._route(query.request(), query.detail)
 
-    async def route_of_body(self, request: Request) -> Json:
+    async def route_of_body(self, request: Request, query: Annotated[DetailQuery, Query()]) -> Json:
         """The route that serving would take with this very body."""
         fields = await read(request)
         body = ChatBody.of(fields) if "messages" in fields else CompletionBody.of(fields)
-        return self._route(body.request())
+        return self._route(body.request(), query.detail)
 
     async def models(self) -> Json:
         """`auto` and every expert."""
@@ -137,9 +140,9 @@ class Api:
     async def _start(self, body: Body) -> Completion:
         return await completions.start(body.request(), self._router, self._engine, self._metrics)
 
-    def _route(self, request: completions.Request) -> Json:
+    def _route(self, request: completions.Request, detail: Detail) -> Json:
         decision = completions.decide(request, self._router)
-        return schemas.route(decision, completions.evidence(decision, self._router))
+        return schemas.route(decision, explain(self._bundle, decision.text, decision.route, request.limits, detail))
 
     def _state(self) -> State:
         """The service's: loading as long as any expert is, and then its default expert's."""

@@ -15,8 +15,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from routers.bundle import Bundle
 from routers.errors import ModelGlueError
-from routers.prompt import PromptRouter
 from service import errors
 from service.api import CLIENT_LEFT, Api
 from service.engines.base import Engine
@@ -26,8 +26,8 @@ LAST_WORDS = 1.0
 """Seconds that a service which stops gives its open requests to say so."""
 
 
-def create_app(router: PromptRouter, engine: Engine) -> FastAPI:
-    """The service over a bundle's routing and an engine, which starts and ends with the app."""
+def create_app(bundle: Bundle, engine: Engine) -> FastAPI:
+    """The service over a bundle and an engine, which starts and ends with the app."""
 
     requests: set[asyncio.Task[None]] = set()
 
@@ -43,7 +43,7 @@ def create_app(router: PromptRouter, engine: Engine) -> FastAPI:
 
     # No generated docs: their page loads scripts from elsewhere, and the bodies are read by hand.
     app = FastAPI(title="modelglue", lifespan=lifespan, openapi_url=None)
-    app.include_router(Api(router, engine).endpoints())
+    app.include_router(Api(bundle, engine).endpoints())
     app.add_middleware(Requests, open_requests=requests)
     app.add_exception_handler(ModelGlueError, _failed)
     app.add_exception_handler(RequestValidationError, _bad_query)

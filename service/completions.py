@@ -31,6 +31,11 @@ class Request:
     stop: tuple[str, ...] = ()
     k: int | None = None
 
+    @property
+    def limits(self) -> Limits:
+        """What it asks of the route."""
+        return Limits(k=self.k)
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -87,7 +92,7 @@ def decide(request: Request, router: PromptRouter) -> Decision:
     began = time.perf_counter()
     text = text_to_route(request.prompt)
     try:
-        route = router.route(text, model=request.model, limits=Limits(k=request.k))
+        route = router.route(text, model=request.model, limits=request.limits)
     except RoutingError as exc:
         if request.model == AUTO:  # it is always there, so the fault is with k
             raise RequestError(str(exc), param="k", code="invalid_value") from exc

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from routers.prompt import AUTO, Pull
+from routers.explain import Detail
+from routers.prompt import AUTO
 from service.completions import Decision, Request
 from service.engines.base import Message, Piece, Prompt
 from service.errors import RequestError
@@ -240,10 +241,16 @@ class ChatBody(Body):
         return self.max_completion_tokens or self.max_tokens
 
 
-class RouteQuery(BaseModel):
-    """`GET /route?prompt=...`: not strict, for a query holds nothing but strings."""
+class DetailQuery(BaseModel):
+    """`POST /route?detail=...`: not strict, for a query holds nothing but strings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    detail: Detail = "scores"
+
+
+class RouteQuery(DetailQuery):
+    """`GET /route?prompt=...`."""
 
     prompt: str
     model: str = AUTO
@@ -284,29 +291,9 @@ def usage(prompt_tokens: int, tokens: int) -> Json:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
 
 
-def route(decision: Decision, words: list[Pull]) -> Json:
+def route(decision: Decision, facts: Json) -> Json:
     """What /route shows of a decision; `margin` and the words' pulls are in score, `ms` is the decision's alone."""
-    chosen = decision.route
-    return {
-        "object": "route",
-        "expert": chosen.expert,
-        "reason": chosen.reason,
-        "margin": chosen.margin,
-        "k": sum(ranked.selected for ranked in chosen.ranking),
-        "ms": round(1000 * decision.seconds, 3),
-        "text": decision.text,
-        "words": [{"word": pull.word, "score": pull.score} for pull in words],
-        "experts": [
-            {
-                "expert": ranked.expert,
-                "rank": rank,
-                "score": ranked.score,
-                "selected": ranked.selected,
-                "weight": ranked.weight,
-            }
-            for rank, ranked in enumerate(chosen.ranking, start=1)
-        ],
-    }
+    return {"object": "route", "text": decision.text, "ms": round(1000 * decision.seconds, 3)} | facts
 
 
 def refusal(error: ErrorDetails, known: list[str]) -> RequestError:

@@ -91,12 +91,13 @@ def route(
     cost_weight: Annotated[float | None, typer.Option(help="What cost counts for [the bundle's].")] = None,
 ) -> None:
     """Print which expert would answer a prompt, and why, as JSON."""
-    from builder.routing.explain import explain
     from routers import bundle
+    from routers.explain import explain
     from routers.policy import Limits
 
     limits = Limits(k, frozenset(allow) if allow else None, frozenset(deny or ()), cost_weight=cost_weight)
-    facts = explain(bundle.read(path), prompt, limits, detail.value)
+    read = bundle.read(path)
+    facts = explain(read, prompt, read.router.route(prompt, limits=limits), limits, detail.value)
     print(json.dumps(facts, indent=2, ensure_ascii=False))
 
 

@@ -49,7 +49,7 @@ def add(
     read, record = _read(path)
     if name in read.manifest.names:
         raise BuildError(f"{path} has an expert {name!r} already: give another --name, or drop that one first")
-    rows = read.routing()
+    rows = read.routing
     zoo = _zoo(record, name, model, tasks_from)
     with Journal(cache / "journal.sqlite") as journal:
         members = open_all(zoo, {name: Fetched(name, model, None)}, journal)
@@ -139,7 +139,7 @@ def _read(path: Path) -> tuple[Bundle, Record]:
 
 
 def _matrix(read: Bundle) -> Matrix:
-    rows, names = read.routing(), read.manifest.names
+    rows, names = read.routing, read.manifest.names
     scores_NE = np.array([[row.scores[name] for name in names] for row in rows])
     return Matrix(tuple(row.prompt for row in rows), tuple(row.task for row in rows), names, scores_NE)
 

@@ -5,6 +5,9 @@ const REASONS = {
   no_evidence: () => "The prompt says nothing about the experts, so the default answers.",
   fixed: () => "This bundle sends every prompt to one expert.",
   pinned: ({ expert }) => `You chose ${expert}.`,
+  only_choice: ({ expert }) => `No other expert could answer this than ${expert}.`,
+  abstained: ({ confidence, experts }) =>
+    `The router is not sure enough of ${experts[1].expert} (${Math.round(100 * confidence)} %), so the default answers.`,
   top_score: ({ margin, experts }) =>
     experts.length > 1 ? `Highest score, ${margin.toFixed(3)} ahead of ${experts[1].expert}.` : "The only expert.",
 };

@@ -198,7 +198,7 @@ class TestMlpRouter(FittedContract):
         else:
             (-torch.logsumexp(torch.log_softmax(outputs, -1) + targets, -1)).mean().backward()
         for gradient, leaf in zip(ours, leaves, strict=True):
-            assert gradient == pytest.approx(leaf.grad.numpy(), abs=1e-5)
+            assert gradient == pytest.approx(leaf.grad.numpy(), rel=1e-5, abs=1e-5)
 
 
 def gate(own: np.ndarray, others: np.ndarray) -> np.ndarray:

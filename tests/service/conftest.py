@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from routers.bundle import ROUTER, Bundle, Digest, Expert, FeaturesEntry, Manifest, RouterEntry, Source
 from routers.features import TokenEmbeddings
 from routers.linear import LinearRouter
 from routers.policy import Policy
@@ -44,12 +46,45 @@ def router(tokenizer: Tokenizer) -> PromptRouter:
     return PromptRouter(features, linear, Policy(default="story"))
 
 
+@pytest.fixture(scope="session")
+def bundle(router: PromptRouter) -> Bundle:
+    """What would be read from a folder; none is there."""
+    nothing = Digest(bytes=0, sha256="0" * 64)
+    experts = [
+        Expert(
+            name=name,
+            method="copy",
+            sources=(_source(name),),
+            subjects=(name,),
+            scores={},
+            context_window=64,
+            files={},
+        )
+        for name in router.experts
+    ]
+    manifest = Manifest(
+        zoo="three",
+        inputs_sha256="0" * 64,
+        seed=0,
+        default=router.policy.default,
+        experts=tuple(experts),
+        router=RouterEntry(kind="linear", k=1),
+        features=FeaturesEntry(model="none", dimension=16),
+        files={ROUTER: nothing},
+    )
+    return Bundle(Path("three"), manifest, router)
+
+
 @pytest.fixture
 def engine(router: PromptRouter) -> EchoEngine:
     return EchoEngine(router.experts)
 
 
 @pytest.fixture
-def client(router: PromptRouter, engine: EchoEngine) -> Iterator[TestClient]:
-    with TestClient(create_app(router, engine), raise_server_exceptions=False) as client:
+def client(bundle: Bundle, engine: EchoEngine) -> Iterator[TestClient]:
+    with TestClient(create_app(bundle, engine), raise_server_exceptions=False) as client:
         yield client
+
+
+def _source(name: str) -> Source:
+    return Source(model=name, source="nowhere", revision=None, weights="0" * 64, coefficient=1.0)

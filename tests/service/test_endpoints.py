@@ -9,6 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
+from routers.bundle import Bundle
 from routers.prompt import AUTO, PromptRouter
 from service.app import create_app
 from service.engines.base import Status
@@ -118,6 +119,24 @@ def test_route_says_which_words_pulled_and_what_it_read(client: TestClient, rout
     assert [(word["word"], word["score"]) for word in route["words"]] == [(pull.word, pull.score) for pull in pulls]
 
 
+def test_route_tells_as_much_as_it_is_asked(client: TestClient) -> None:
+    """basic has the choice, scores every expert's estimate, full what it rests on; all say the same choice."""
+    asked = {"prompt": "write a python loop"}
+    basic, scores, full = (
+        client.post("/route", params={"detail": detail}, json=asked).json() for detail in ("basic", "scores", "full")
+    )
+    assert "experts" not in basic
+    assert "evidence" not in scores
+    assert scores["experts"][0].keys() >= {"expected_quality", "std", "cost", "excluded"}
+    assert full["evidence"]["kind"] == "gates"
+    without = next(each for each in full["counterfactuals"] if each["if"] == "without code")
+    assert without["expert"] == scores["experts"][1]["expert"]
+    for name in basic.keys() - {"ms"}:
+        assert basic[name] == scores[name] == full[name]
+    refused = client.post("/route", params={"detail": "all"}, json=asked)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "detail")
+
+
 def test_route_selects_k_experts(client: TestClient) -> None:
     for route in (
         client.get("/route", params={"prompt": "python", "k": 2}).json(),
@@ -149,8 +168,8 @@ def test_ready_when_every_expert_is(client: TestClient) -> None:
     assert ready.json()["experts"]["code"] == {"state": "ready"}
 
 
-def test_not_ready_while_an_expert_loads_and_says_how_far_each_is(router: PromptRouter) -> None:
-    with TestClient(create_app(router, HalfReady(router.experts))) as client:
+def test_not_ready_while_an_expert_loads_and_says_how_far_each_is(bundle: Bundle) -> None:
+    with TestClient(create_app(bundle, HalfReady(bundle.router.experts))) as client:
         ready = client.get("/readyz")
         models = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
         assert client.get("/healthz").status_code == 200
@@ -177,9 +196,9 @@ def test_metrics_count_answers_and_routes_by_expert(client: TestClient) -> None:
     assert values['modelglue_expert_ready{model_name="story"}'] == "1.0"
 
 
-def test_two_apps_count_apart(client: TestClient, router: PromptRouter, engine: EchoEngine) -> None:
+def test_two_apps_count_apart(client: TestClient, bundle: Bundle, engine: EchoEngine) -> None:
     client.post("/v1/completions", json={"prompt": "python", "model": "code"})
-    with TestClient(create_app(router, engine)) as other:
+    with TestClient(create_app(bundle, engine)) as other:
         assert 'vllm:prompt_tokens_total{model_name="code"} 0.0' in other.get("/metrics").text
 
 

@@ -9,7 +9,8 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from serving import serve
 
-from routers.prompt import AUTO, PromptRouter
+from routers.bundle import Bundle
+from routers.prompt import AUTO
 from service.app import create_app
 from service.engines.base import EngineError, Job, NotReadyError, Prompt, Sampling
 from service.engines.echo import EchoEngine
@@ -34,14 +35,14 @@ class Moody(EchoEngine):
 
 
 @pytest.fixture(scope="module")
-def engine(router: PromptRouter) -> Moody:
-    return Moody(router.experts)
+def engine(bundle: Bundle) -> Moody:
+    return Moody(bundle.router.experts)
 
 
 @pytest.fixture(scope="module")
-def openai_client(router: PromptRouter, engine: Moody) -> Iterator[openai.OpenAI]:
+def openai_client(bundle: Bundle, engine: Moody) -> Iterator[openai.OpenAI]:
     with (
-        serve(create_app(router, engine)) as (url, _),
+        serve(create_app(bundle, engine)) as (url, _),
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
         yield client

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from routers.prompt import PromptRouter
+from routers.bundle import Bundle
 from service.api import MAX_BODY
 from service.app import create_app
 from service.engines.base import EngineError, Job, NotReadyError, Piece, Prompt, Sampling
@@ -187,9 +187,9 @@ def test_a_route_of_neither_prompt_nor_chat(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_expert_that_is_loading_asks_to_come_again(router: PromptRouter, stream: bool) -> None:
-    engine = Refusing(router.experts, NotReadyError("code is still loading"))
-    with TestClient(create_app(router, engine)) as client:
+def test_an_expert_that_is_loading_asks_to_come_again(bundle: Bundle, stream: bool) -> None:
+    engine = Refusing(bundle.router.experts, NotReadyError("code is still loading"))
+    with TestClient(create_app(bundle, engine)) as client:
         response = client.post("/v1/completions", json={"prompt": "hi", "stream": stream})
     assert failure(response, 503) == {
         "message": "code is still loading", "type": "server_error", "param": None, "code": "loading"
@@ -198,17 +198,20 @@ def test_an_expert_that_is_loading_asks_to_come_again(router: PromptRouter, stre
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_expert_that_failed_says_so_before_any_200(router: PromptRouter, stream: bool) -> None:
-    for engine in (Refusing(router.experts, EngineError("code is out of memory")), Stillborn(router.experts)):
-        with TestClient(create_app(router, engine)) as client:
+def test_an_expert_that_failed_says_so_before_any_200(bundle: Bundle, stream: bool) -> None:
+    for engine in (
+        Refusing(bundle.router.experts, EngineError("code is out of memory")),
+        Stillborn(bundle.router.experts),
+    ):
+        with TestClient(create_app(bundle, engine)) as client:
             response = client.post("/v1/completions", json={"prompt": "hi", "stream": stream})
         assert failure(response, 503)["message"] == "code is out of memory"
         assert response.headers["x-should-retry"] == "false"
 
 
-def test_a_bug_of_ours_tells_nothing_of_the_inside(router: PromptRouter) -> None:
-    engine = Refusing(router.experts, KeyError("/secret/path"))
-    with TestClient(create_app(router, engine), raise_server_exceptions=False) as client:
+def test_a_bug_of_ours_tells_nothing_of_the_inside(bundle: Bundle) -> None:
+    engine = Refusing(bundle.router.experts, KeyError("/secret/path"))
+    with TestClient(create_app(bundle, engine), raise_server_exceptions=False) as client:
         response = client.post("/v1/completions", json={"prompt": "hi"}, headers={"x-request-id": "mine"})
     assert failure(response, 500)["type"] == "server_error"
     assert "secret" not in response.text

@@ -15,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 from serving import GRACE, serve, wait_until
 
-from routers.prompt import PromptRouter
+from routers.bundle import Bundle
 from service.api import MAX_BODY
 from service.app import create_app
 from service.engines.base import EngineError, Job, Piece
@@ -36,10 +36,10 @@ class Breaking(EchoEngine):
         raise self._failure
 
 
-def test_a_client_who_leaves_a_stream_ends_the_engines_work(router: PromptRouter) -> None:
-    engine = EchoEngine(router.experts, delay=0.1)
+def test_a_client_who_leaves_a_stream_ends_the_engines_work(bundle: Bundle) -> None:
+    engine = EchoEngine(bundle.router.experts, delay=0.1)
     with (
-        serve(create_app(router, engine)) as (url, _),
+        serve(create_app(bundle, engine)) as (url, _),
         httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"stream": True}) as response,
     ):
         lines = response.iter_lines()
@@ -50,9 +50,9 @@ def test_a_client_who_leaves_a_stream_ends_the_engines_work(router: PromptRouter
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_who_leaves_before_the_answer_ends_the_engines_work(router: PromptRouter, stream: bool) -> None:
-    engine = EchoEngine(router.experts, delay=3)
-    with serve(create_app(router, engine)) as (url, _):
+def test_a_client_who_leaves_before_the_answer_ends_the_engines_work(bundle: Bundle, stream: bool) -> None:
+    engine = EchoEngine(bundle.router.experts, delay=3)
+    with serve(create_app(bundle, engine)) as (url, _):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/completions", json=BODY | {"stream": stream}, timeout=0.3)
         wait_until(lambda: engine.finished == 1, seconds=1)
@@ -61,9 +61,9 @@ def test_a_client_who_leaves_before_the_answer_ends_the_engines_work(router: Pro
 
 
 def test_a_client_who_leaves_in_the_middle_of_its_body_is_no_error(
-    router: PromptRouter, caplog: pytest.LogCaptureFixture
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with serve(create_app(router, EchoEngine(router.experts))) as (url, _):
+    with serve(create_app(bundle, EchoEngine(bundle.router.experts))) as (url, _):
         with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
             connection.sendall(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"prompt"')
         time.sleep(0.1)
@@ -71,16 +71,16 @@ def test_a_client_who_leaves_in_the_middle_of_its_body_is_no_error(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_pieces_arrive_as_they_are_made(router: PromptRouter) -> None:
-    with serve(create_app(router, EchoEngine(router.experts, delay=0.05))) as (url, _):
+def test_pieces_arrive_as_they_are_made(bundle: Bundle) -> None:
+    with serve(create_app(bundle, EchoEngine(bundle.router.experts, delay=0.05))) as (url, _):
         began = time.monotonic()
         with httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"stream": True}) as response:
             arrivals = [time.monotonic() - began for line in response.iter_lines() if line]
     assert arrivals[0] < 0.5 * arrivals[-1]
 
 
-def test_an_engine_that_fails_in_mid_stream_is_an_error_event_and_done(router: PromptRouter) -> None:
-    with TestClient(create_app(router, Breaking(router.experts, EngineError("code died")))) as client:
+def test_an_engine_that_fails_in_mid_stream_is_an_error_event_and_done(bundle: Bundle) -> None:
+    with TestClient(create_app(bundle, Breaking(bundle.router.experts, EngineError("code died")))) as client:
         response = client.post("/v1/completions", json=BODY | {"stream": True})
     piece, error, done, _ = response.text.split("\n\n")
     assert json.loads(piece.removeprefix("data: "))["choices"][0]["text"] == "one"
@@ -88,25 +88,25 @@ def test_an_engine_that_fails_in_mid_stream_is_an_error_event_and_done(router: P
     assert done == "data: [DONE]"
 
 
-def test_a_bug_in_mid_stream_tells_nothing_of_the_inside(router: PromptRouter) -> None:
-    with TestClient(create_app(router, Breaking(router.experts, KeyError("/secret/path")))) as client:
+def test_a_bug_in_mid_stream_tells_nothing_of_the_inside(bundle: Bundle) -> None:
+    with TestClient(create_app(bundle, Breaking(bundle.router.experts, KeyError("/secret/path")))) as client:
         response = client.post("/v1/completions", json=BODY | {"stream": True})
     assert '"type":"server_error"' in response.text
     assert "secret" not in response.text
     assert response.text.endswith("data: [DONE]\n\n")
 
 
-def test_an_engine_that_fails_in_mid_answer_is_a_503(router: PromptRouter) -> None:
-    with TestClient(create_app(router, Breaking(router.experts, EngineError("code died")))) as client:
+def test_an_engine_that_fails_in_mid_answer_is_a_503(bundle: Bundle) -> None:
+    with TestClient(create_app(bundle, Breaking(bundle.router.experts, EngineError("code died")))) as client:
         response = client.post("/v1/completions", json=BODY)
         assert 'finished_reason="error"' in client.get("/metrics").text
     assert (response.status_code, response.json()["error"]["message"]) == (503, "code died")
 
 
-def test_a_server_that_stops_ends_its_streams_with_an_error_event(router: PromptRouter) -> None:
-    engine = EchoEngine(router.experts, delay=GRACE)
+def test_a_server_that_stops_ends_its_streams_with_an_error_event(bundle: Bundle) -> None:
+    engine = EchoEngine(bundle.router.experts, delay=GRACE)
     with (
-        serve(create_app(router, engine)) as (url, server),
+        serve(create_app(bundle, engine)) as (url, server),
         httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"stream": True}) as response,
     ):
         server.should_exit = True
@@ -116,10 +116,10 @@ def test_a_server_that_stops_ends_its_streams_with_an_error_event(router: Prompt
     assert engine.running == 0
 
 
-def test_a_server_that_stops_answers_who_waits(router: PromptRouter) -> None:
-    engine = EchoEngine(router.experts, delay=10 * GRACE)
+def test_a_server_that_stops_answers_who_waits(bundle: Bundle) -> None:
+    engine = EchoEngine(bundle.router.experts, delay=10 * GRACE)
     got: list[httpx.Response] = []
-    with serve(create_app(router, engine)) as (url, server):
+    with serve(create_app(bundle, engine)) as (url, server):
         waiting = threading.Thread(target=lambda: got.append(httpx.post(f"{url}/v1/completions", json=BODY, timeout=9)))
         waiting.start()
         wait_until(lambda: engine.running == 1)
@@ -130,21 +130,21 @@ def test_a_server_that_stops_answers_who_waits(router: PromptRouter) -> None:
     assert engine.running == 0
 
 
-def test_a_body_over_the_limit_is_refused_without_reading_it_all(router: PromptRouter) -> None:
-    with serve(create_app(router, EchoEngine(router.experts))) as (url, _):
+def test_a_body_over_the_limit_is_refused_without_reading_it_all(bundle: Bundle) -> None:
+    with serve(create_app(bundle, EchoEngine(bundle.router.experts))) as (url, _):
         response = httpx.post(f"{url}/v1/completions", content=b"x" * 50 * MAX_BODY)
         assert response.status_code == 413
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "hi"}).status_code == 200
 
 
-def test_many_streams_at_once_do_not_mix(router: PromptRouter) -> None:
+def test_many_streams_at_once_do_not_mix(bundle: Bundle) -> None:
     answers: dict[int, str] = {}
 
     def read(i: int, url: str) -> None:
-        body = {"prompt": f"{i} " * 20, "max_tokens": 20, "model": router.experts[i % 3]}
+        body = {"prompt": f"{i} " * 20, "max_tokens": 20, "model": bundle.router.experts[i % 3]}
         answers[i] = httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]["text"]
 
-    with serve(create_app(router, EchoEngine(router.experts, delay=0.005))) as (url, _):
+    with serve(create_app(bundle, EchoEngine(bundle.router.experts, delay=0.005))) as (url, _):
         readers = [threading.Thread(target=read, args=(i, url)) for i in range(12)]
         for reader in readers:
             reader.start()

@@ -29,7 +29,7 @@ def test_a_newcomer_that_is_dropped_again_leaves_the_router_as_it_was(
     assert {*bundle.verify(more), bundle.MANIFEST} == {
         str(file.relative_to(more)) for file in more.rglob("*") if file.is_file()
     }
-    before, after = bundle.read(micro_bundle).routing(), bundle.read(more).routing()
+    before, after = bundle.read(micro_bundle).routing, bundle.read(more).routing
     assert [{name: row.scores[name] for name in names} for row in after] == [row.scores for row in before]
     assert np.isfinite([row.scores["newcomer"] for row in after]).all()
     edit.drop(more, "newcomer", less)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from routers.bundle import Bundle, RoutingRow
@@ -12,18 +13,23 @@ Detail = Literal["basic", "scores", "full"]
 PREVIEW = 200
 
 
-def explain(read: Bundle, prompt: str, limits: Limits, detail: Detail) -> dict[str, Any]:
-    """basic: who and why. scores: every expert's estimate. full: the evidence with its texts, and counterfactuals."""
-    router = read.router
-    route = router.route(prompt, limits=limits)
+def explain(read: Bundle, prompt: str, route: Route, limits: Limits, detail: Detail) -> dict[str, Any]:
+    """The facts of the route that `prompt` took within `limits`.
+
+    basic: who and why. scores: every expert's estimate, and the words that pulled. full: the evidence with its texts,
+    counterfactuals, and the router's own standing.
+    """
     facts: dict[str, Any] = {
         "expert": route.expert,
         "reason": route.reason,
         "router": read.manifest.router.kind,
         "margin": route.margin,
+        "entropy": _entropy(route),
         "confidence": route.confidence,
+        "k": sum(ranked.selected for ranked in route.ranking),
     }
     if detail != "basic":
+        facts["words"] = words(read, prompt, route)
         facts["experts"] = [
             {
                 "expert": each.expert,
@@ -39,33 +45,41 @@ def explain(read: Bundle, prompt: str, limits: Limits, detail: Detail) -> dict[s
             for rank, each in enumerate(route.ranking, 1)
         ]
     if detail == "full":
-        facts["words"] = [{"word": pull.word, "score": pull.score} for pull in router.explain(prompt)]
         facts["evidence"] = _evidence(read, route)
-        facts["counterfactuals"] = _counterfactuals(read, prompt, limits, route)
+        facts["counterfactuals"] = [] if route.reason == "pinned" else _counterfactuals(read, prompt, limits, route)
         facts["scorecard"] = read.manifest.scorecard.model_dump(mode="json") if read.manifest.scorecard else None
         facts["router_sha256"] = read.manifest.files["router.safetensors"].sha256
     return facts
 
 
+def words(read: Bundle, prompt: str, route: Route) -> list[dict[str, Any]]:
+    """The words that spoke most for the chosen expert; none where it was not the scores that chose."""
+    if route.reason != "top_score":
+        return []
+    return [{"word": pull.word, "score": pull.score} for pull in read.router.explain(prompt)]
+
+
+def _entropy(route: Route) -> float:
+    """Of the selected experts' weights, in nats: 0 where one answers alone."""
+    return 0.0 - sum(each.weight * math.log(each.weight) for each in route.ranking if each.weight > 0)
+
+
 def _evidence(read: Bundle, route: Route) -> dict[str, Any]:
     evidence = route.evidence
-    rows = read.routing() if evidence.kind in ("clusters", "neighbours") else []
     return {
         "kind": evidence.kind,
         "prompts": evidence.count,
-        "near": [
-            {"similarity": near.similarity, **_near(read, evidence.kind, near.index, rows)} for near in evidence.near
-        ],
+        "near": [{"similarity": near.similarity, **_near(read, evidence.kind, near.index)} for near in evidence.near],
     }
 
 
-def _near(read: Bundle, kind: str, index: int, rows: list[RoutingRow]) -> dict[str, Any]:
+def _near(read: Bundle, kind: str, index: int) -> dict[str, Any]:
     if kind == "neighbours":
-        return _told(rows[index])
+        return _told(read.routing[index])
     if kind == "clusters":
         assert isinstance(read.router.router, KMeansRouter)
         members = read.router.router.representatives(index)
-        return {"cluster": index, "representatives": [_told(rows[row]) for row in members]}
+        return {"cluster": index, "representatives": [_told(read.routing[row]) for row in members]}
     return {"gate": index}
 
 
