@@ -39,10 +39,11 @@ class MlpRouter:
     @classmethod
     def fit(cls, experts: tuple[str, ...], vectors_ND: Vector, scores_NE: NDArray[np.float64], seed: int = 0) -> Self:
         """Trained on the squared error of the scores; the spread is of errors on prompts that were held out for it."""
-        held_N = next(iter(folds(len(vectors_ND), HELD_OUT, seed)))
-        trial = train(vectors_ND[~held_N], scores_NE[~held_N], seed)
+        held_N = folds(len(vectors_ND), HELD_OUT, seed)[0]
+        weights = train(vectors_ND, scores_NE, seed)
+        trial = weights if held_N.all() else train(vectors_ND[~held_N], scores_NE[~held_N], seed)
         errors_NE = scores_NE[held_N] - forward(trial, vectors_ND[held_N])[1]
-        return cls(experts, train(vectors_ND, scores_NE, seed), np.sqrt((errors_NE**2).mean(axis=0)).astype(np.float32))
+        return cls(experts, weights, np.sqrt((errors_NE**2).mean(axis=0)).astype(np.float32))
 
     @property
     def experts(self) -> tuple[str, ...]:

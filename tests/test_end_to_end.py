@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -130,3 +132,32 @@ async def crowded(url: str) -> list[set[str]]:
 def test_the_service_counts_what_it_routed(served: Served) -> None:
     metrics = httpx.get(f"{served.url}/metrics").text
     assert re.search(r"vllm:generation_tokens_total\{[^}]*\} [1-9]", metrics)
+
+
+def test_a_thousand_prompts_take_one_route_alone_in_batches_by_http_and_by_the_command(
+    served: Served, tmp_path: Path
+) -> None:
+    """In processes of other hash seeds, one after the other and sixteen at a time."""
+    rng = random.Random(0)
+    words = [word for prompt in PROMPTS for word in prompt.split()] + ["\n", "äöü", "你好", "DEF", "3.5", "<|user|>"]
+    prompts = [" ".join(rng.choices(words, k=rng.randrange(1, 40))) for _ in range(1000)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), "utf-8")
+    alone = [served.router.route(prompt) for prompt in prompts]
+    expected = [(route.expert, route.reason, [one.score for one in route.ranking]) for route in alone]
+    command = (sys.executable, "-m", "builder", "route", str(served.path), "--prompts", str(file))
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
+    assert [facts(json.loads(line)) for line in told] == expected
+    assert asyncio.run(routes(served.url, prompts)) == expected
+
+
+async def routes(url: str, prompts: list[str]) -> list[tuple[str, str, list[float]]]:
+    limits = httpx.Limits(max_connections=16)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as client:
+        posts = (client.post("/route", json={"prompt": prompt}) for prompt in prompts)
+        return [facts(answer.json()) for answer in await asyncio.gather(*posts)]
+
+
+def facts(route: dict[str, Any]) -> tuple[str, str, list[float]]:
+    return route["expert"], route["reason"], [one["score"] for one in route["experts"]]

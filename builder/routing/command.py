@@ -83,22 +83,26 @@ def route_eval(
 
 def route(
     path: BundlePath,
-    prompt: Annotated[str, typer.Argument()],
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Route these: JSON lines, or a prompt a line.")] = None,
     detail: Annotated[Detail, typer.Option(help="How much to tell.")] = Detail.scores,
     k: Annotated[int | None, typer.Option(help="Experts to select [the bundle's].")] = None,
     allow: Annotated[list[str] | None, typer.Option(help="Only this expert; may be given again.")] = None,
     deny: Annotated[list[str] | None, typer.Option(help="Not this expert; may be given again.")] = None,
     cost_weight: Annotated[float | None, typer.Option(help="What cost counts for [the bundle's].")] = None,
 ) -> None:
-    """Print which expert would answer a prompt, and why, as JSON."""
+    """Print which expert would answer a prompt, and why, as JSON; of a file's prompts a line each."""
     from routers import bundle
     from routers.explain import explain
     from routers.policy import Limits
 
     limits = Limits(k, frozenset(allow) if allow else None, frozenset(deny or ()), cost_weight=cost_weight)
+    if (prompt is None) == (prompts is None):
+        raise BuildError("say one prompt, or --prompts with a file of them")
     read = bundle.read(path)
-    facts = explain(read, prompt, read.router.route(prompt, limits=limits), limits, detail.value)
-    print(json.dumps(facts, indent=2, ensure_ascii=False))
+    for each in [prompt] if prompt is not None else _logged(prompts or Path()):
+        facts = explain(read, each, read.router.route(each, limits=limits), limits, detail.value)
+        print(json.dumps(facts, indent=2 if prompts is None else None, ensure_ascii=False))
 
 
 def route_diff(
