@@ -75,6 +75,9 @@ def _bundle(record: Record, manifest: Manifest) -> dict[str, Any]:
     return {
         "tasks": list(record.models[0].scores),
         "task_bounds": _bounds([candidate.scores for candidate in record.candidates]),
+        "always": {
+            expert: float(np.mean([item.scores[expert] for item in record.routing])) for expert in manifest.names
+        },
         "picks": _picks(record, manifest.names),
         "gigabytes": {e.name: sum(f.bytes for f in e.files.values()) / 1e9 for e in manifest.experts},
     }

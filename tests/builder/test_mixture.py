@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from builder.proxy.requests import Choices
 from builder.proxy.scorer import Scorer
 from builder.proxy.task import Spec
 from builder.record import Record
+from builder.report import render
 from builder.search.problem import Outcome
 from builder.sources import Store
 from routers import bundle
@@ -105,6 +107,7 @@ def test_a_mixture_that_scores_no_less_takes_the_place_of_the_clusters_merge(
     assert of_cluster.score is not None
     assert of_cluster.score.mean > record.clusters[0].score
     assert of_cluster.note.endswith("it takes its place")
+    assert of_cluster.note[1:] in html.unescape(render(mixed))
     assert {each.name for each in record.candidates if each.reach is not None} == {NAME}
 
 

@@ -26,6 +26,7 @@ from builder.report.coefficients import columns, numbers, rows, shares
 from builder.report.importance import importance
 from builder.report.trials import best_so_far, by_strategy, share, steps
 from builder.search.evolution import Space
+from routers import bundle
 from routers.errors import BundleError
 
 VOID = {"meta", "br"}
@@ -437,6 +438,11 @@ def test_a_bundle_shows_its_search_its_experts_and_its_router(micro_bundle: Path
     said = words(page)
     for part in ("how this bundle came about", "The experts", "The router's choices", "Every merge that was tried"):
         assert part in said, part
+    manifest = bundle.read_manifest(micro_bundle)
+    for kind, card in manifest.scorecards.items():
+        assert f"{kind} {card.routed:.4f}".replace("-", "−") in said, kind
+    for name in manifest.names:
+        assert f"always {name}" in said
 
 
 def test_a_bundle_whose_record_is_of_another_release_says_to_build_it_again(micro_bundle: Path, tmp_path: Path) -> None:
