@@ -68,7 +68,7 @@ def route_eval(
     found, held = found.only(names), held and held.only(names)
     if len(found.prompts) < folds:
         raise BuildError(f"{matrix} has {len(found.prompts)} prompts: too few for {folds} folds")
-    space = _features(features, trunk, encoder, found.prompts, cache or default_cache(), models_dir)
+    space = features_of(features, trunk, encoder, found.prompts, cache or default_cache(), models_dir)
     if held:
         done = hold_out(found, held, space, kinds=kinds, seed=seed)
     else:
@@ -185,9 +185,10 @@ def drop(
     print(f"{edit.drop(path, name, out)}\n{out} is written, without {name}")
 
 
-def _features(
+def features_of(
     name: str, trunk: int, encoder: Path | None, texts: Any, cache: Path, models_dir: Path | None
 ) -> Features:
+    """Features by what the command says of them; `texts` decide what they are centred on."""
     import tempfile
 
     from builder.config import load_zoo
