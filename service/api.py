@@ -155,7 +155,7 @@ class Api:
             return about | {"state": self._state()}
         pin(self._router.experts, name)
         state = self._engine.status()[name].state
-        return about | {"state": state, "window": self._engine.window(name) if state == "ready" else None}
+        return about | {"state": state, "window": self._engine.about(name).window if state == "ready" else None}
 
 
 class EventStream(StreamingResponse):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from routers.errors import RoutingError
 from routers.policy import Limits, Route
 from routers.prompt import AUTO, PromptRouter, Pull
-from service.engines.base import Engine, Job, Piece, Prompt, Sampling
+from service.engines.base import Engine, Job, Piece, Prompt, Sampling, Tokens
 from service.errors import RequestError
 from service.metrics import Metrics
 
@@ -111,6 +111,8 @@ def text_to_route(prompt: Prompt) -> str:
     """What of a prompt the router sees: of a chat the last user turns, for only they say what is wanted."""
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, Tokens):
+        return ""
     turns = [message.content for message in prompt if message.role == "user"]
     return "\n".join(turns[-TURNS:])
 
@@ -135,12 +137,8 @@ async def until(stops: Sequence[str], pieces: AsyncGenerator[Piece, None]) -> As
 
 
 def _prepare(request: Request, expert: str, engine: Engine) -> Job:
-    sampling = Sampling(request.max_tokens or 1, request.temperature, request.top_p, request.seed)
-    job = engine.prepare(expert, request.prompt, sampling)
-    if request.max_tokens is None:
-        room = engine.window(expert) - len(job.tokens)
-        job = replace(job, sampling=replace(sampling, max_tokens=room))
-    return job
+    sampling = Sampling(request.max_tokens, request.temperature, request.top_p, seed=request.seed)
+    return engine.prepare({expert: 1.0}, request.prompt, sampling)
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> int | None:

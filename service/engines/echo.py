@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
-from service.engines.base import Finish, Job, Piece, Prompt, PromptError, Sampling, Status
+from service.engines.base import (
+    About,
+    Finish,
+    Job,
+    Load,
+    Message,
+    Piece,
+    Prompt,
+    PromptError,
+    Sampling,
+    Scored,
+    Status,
+    Tokens,
+    Usage,
+    fit,
+)
 
 
 class EchoEngine:
@@ -26,28 +41,31 @@ class EchoEngine:
     def status(self) -> dict[str, Status]:
         return dict.fromkeys(self._experts, Status("ready"))
 
-    def window(self, expert: str) -> int:
-        return self._window
+    def load(self) -> dict[str, Load]:
+        return dict.fromkeys(self._experts, Load(running=self.running))
 
-    def prepare(self, expert: str, prompt: Prompt, sampling: Sampling) -> Job:
-        words = re.findall(r"\s*\S+", _text(prompt))
-        if len(words) + sampling.max_tokens > self._window:
-            raise PromptError(
-                f"{len(words)} tokens of prompt and {sampling.max_tokens} of answer "
-                f"are over {expert}'s window of {self._window}"
-            )
-        return Job(expert, tuple(map(_token, words)), sampling)
+    def about(self, expert: str) -> About:
+        return About(self._window)
+
+    def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
+        tokens = prompt.ids if isinstance(prompt, Tokens) else tuple(map(_token, re.findall(r"\s*\S+", _text(prompt))))
+        return Job(experts, tokens, fit(next(iter(experts)), len(tokens), self._window, sampling), prompt)
+
+    def decode(self, expert: str, ids: Sequence[int]) -> str:
+        return "".join(map(_word, ids))
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
-        answer = job.tokens[: max(0, job.sampling.max_tokens)]
+        answer = job.tokens[: job.sampling.max_tokens]
         finish: Finish = "length" if len(answer) < len(job.tokens) else "stop"
         self.running += 1
         try:
             for token in answer[:-1]:
                 await asyncio.sleep(self._delay)
-                yield Piece(_word(token), 1)
+                yield Piece(_word(token), 1, scored=_scored(job, token))
             await asyncio.sleep(self._delay)
-            yield Piece("".join(map(_word, answer[-1:])), len(answer[-1:]), finish)
+            scored = tuple(each for token in answer[-1:] for each in _scored(job, token))
+            text = "".join(map(_word, answer[-1:]))
+            yield Piece(text, len(answer[-1:]), finish, scored, usage=Usage(len(job.tokens)))
         finally:
             self.running -= 1
             self.finished += 1
@@ -59,7 +77,15 @@ class EchoEngine:
         """Nothing to free."""
 
 
-def _text(prompt: Prompt) -> str:
+def _scored(job: Job, token: int) -> tuple[Scored, ...]:
+    """An echo is certain of every word."""
+    if job.sampling.logprobs is None:
+        return ()
+    raw = _word(token).encode()
+    return (Scored(token, raw, 0.0, (Scored(token, raw, 0.0),) if job.sampling.logprobs else ()),)
+
+
+def _text(prompt: str | tuple[Message, ...]) -> str:
     if isinstance(prompt, str):
         return prompt
     turns = [message.content for message in prompt if message.role == "user"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import openai
 import pytest
@@ -25,13 +25,14 @@ class Moody(EchoEngine):
         super().__init__(experts)
         self.asked: list[str] = []
 
-    def prepare(self, expert: str, prompt: Prompt, sampling: Sampling) -> Job:
+    def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
+        (expert,) = experts
         self.asked.append(expert)
         if expert == "math":
             raise NotReadyError("math is still loading")
         if expert == "story":
             raise EngineError("story has no weights")
-        return super().prepare(expert, prompt, sampling)
+        return super().prepare(experts, prompt, sampling)
 
 
 @pytest.fixture(scope="module")

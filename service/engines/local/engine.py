@@ -6,13 +6,26 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from service.engines.base import EngineError, Job, NotReadyError, Piece, Prompt, PromptError, Sampling, Status
+from service.engines.base import (
+    About,
+    EngineError,
+    Job,
+    Load,
+    NotReadyError,
+    Piece,
+    Prompt,
+    Sampling,
+    Status,
+    Tokens,
+    Usage,
+    fit,
+)
 from service.engines.local.expert import Expert, best_dtype, load
 from service.engines.local.lane import Delivery, Request
 from service.engines.local.text import Detokenizer, encode
@@ -58,24 +71,26 @@ class LocalEngine:
         """How many of an expert's requests run and wait."""
         return self._worker.traffic(expert)
 
-    def window(self, expert: str) -> int:
-        """The expert's max_position_embeddings. Raises NotReadyError or EngineError while it isn't loaded."""
-        return self._expert(expert).window
+    def load(self) -> dict[str, Load]:
+        return {name: Load(*self._worker.traffic(name)) for name in self._folders}
 
-    def prepare(self, expert: str, prompt: Prompt, sampling: Sampling) -> Job:
+    def about(self, expert: str) -> About:
+        return About(self._expert(expert).window)
+
+    def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
+        expert = next(iter(experts))
         loaded = self._expert(expert)
-        tokens = encode(loaded, prompt)
-        if len(tokens) + sampling.max_tokens > loaded.window:
-            raise PromptError(
-                f"{len(tokens)} tokens of prompt and {sampling.max_tokens} of answer "
-                f"are over {expert}'s window of {loaded.window}"
-            )
-        return Job(expert, tokens, sampling)
+        tokens = prompt.ids if isinstance(prompt, Tokens) else encode(loaded, prompt)
+        return Job(experts, tokens, fit(expert, len(tokens), loaded.window, sampling), prompt)
+
+    def decode(self, expert: str, ids: Sequence[int]) -> str:
+        text: str = self._expert(expert).tokenizer.decode(list(ids))
+        return text
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         """Starts at the first piece asked for. The token that ends an answer counts, though it is no text."""
-        if job.sampling.max_tokens < 1:
-            yield Piece("", 0, "length")
+        if not job.sampling.max_tokens:
+            yield Piece("", 0, "length", usage=Usage(len(job.tokens)))
             return
         text = Detokenizer(self._expert(job.expert).tokenizer)
         request = Request(job)
@@ -90,7 +105,7 @@ class LocalEngine:
                 count += 1
                 piece = "" if token.finish == "stop" else text.add(token.id)
                 if token.finish:
-                    yield Piece(piece + text.rest(), count, token.finish)
+                    yield Piece(piece + text.rest(), count, token.finish, usage=Usage(len(job.tokens)))
                     return
                 if piece:
                     yield Piece(piece, count)

@@ -113,7 +113,7 @@ class Lane:
         finish: Finish | None = None
         if row.last in self._expert.eos:
             finish = "stop"
-        elif row.count >= row.request.job.sampling.max_tokens:
+        elif row.count >= (row.request.job.sampling.max_tokens or 0):
             finish = "length"
         row.done = finish is not None
         return row.request, Token(row.last, finish)

@@ -6,14 +6,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from service.engines.base import Message, Prompt, PromptError
+from service.engines.base import Message, PromptError
 from service.engines.local.expert import Expert
 
 HALF = "\ufffd"
 """What decoders write for bytes that are no whole character, or not yet."""
 
 
-def encode(expert: Expert, prompt: Prompt) -> tuple[int, ...]:
+def encode(expert: Expert, prompt: str | tuple[Message, ...]) -> tuple[int, ...]:
     """The prompt as the expert's tokens: text with the tokenizer's own marks, a chat in the template.
 
     Raises PromptError for a chat without a template, or for a text that is far longer than the window.

@@ -53,7 +53,7 @@ def test_answers_are_generates_alone_and_together(llama: Path, expert: Expert) -
 def test_every_token_is_counted_and_only_the_last_piece_has_a_finish(llama: Path) -> None:
     async def ask() -> None:
         async with serving({"llama": llama}) as engine:
-            pieces = await read(engine.generate(engine.prepare("llama", "日本", greedy(30))))
+            pieces = await read(engine.generate(engine.prepare({"llama": 1.0}, "日本", greedy(30))))
             assert sum(piece.tokens for piece in pieces) == 30
             assert [piece.finish for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
             assert all(piece.text for piece in pieces[:-1])
@@ -74,7 +74,7 @@ def test_an_end_token_of_the_generation_config_stops_without_text(
 
     async def ask() -> None:
         async with serving({"llama": folder}) as engine:
-            pieces = await read(engine.generate(engine.prepare("llama", "the owl", greedy(10))))
+            pieces = await read(engine.generate(engine.prepare({"llama": 1.0}, "the owl", greedy(10))))
             assert text(pieces) == expert.tokenizer.decode(whole[:end])
             assert (pieces[-1].finish, sum(piece.tokens for piece in pieces)) == ("stop", end + 1)
 
@@ -84,7 +84,7 @@ def test_an_end_token_of_the_generation_config_stops_without_text(
 def test_no_tokens_asked_none_given(llama: Path) -> None:
     async def ask() -> None:
         async with serving({"llama": llama}) as engine:
-            [piece] = await read(engine.generate(engine.prepare("llama", "the owl", greedy(0))))
+            [piece] = await read(engine.generate(engine.prepare({"llama": 1.0}, "the owl", greedy(0))))
             assert (piece.text, piece.tokens, piece.finish) == ("", 0, "length")
 
     asyncio.run(ask())
@@ -105,7 +105,7 @@ def test_same_seed_same_text_in_any_company(llama: Path) -> None:
 def test_a_reader_who_leaves_frees_the_row(llama: Path) -> None:
     async def leave() -> None:
         async with serving({"llama": llama}, max_batch=1) as engine:
-            job = engine.prepare("llama", "the owl", greedy(480))
+            job = engine.prepare({"llama": 1.0}, "the owl", greedy(480))
             start = time.monotonic()
             await read(engine.generate(job))
             whole = time.monotonic() - start
@@ -120,7 +120,7 @@ def test_a_reader_who_leaves_frees_the_row(llama: Path) -> None:
 def test_who_waits_is_served_in_turn_or_leaves_at_once(llama: Path) -> None:
     async def wait() -> None:
         async with serving({"llama": llama}, max_batch=1) as engine:
-            running = engine.generate(engine.prepare("llama", "the owl", greedy(480)))
+            running = engine.generate(engine.prepare({"llama": 1.0}, "the owl", greedy(480)))
             await anext(running)
             waiting = [asyncio.create_task(answer(engine, "a", greedy(3))) for _ in range(2)]
             await asyncio.sleep(0)
@@ -137,10 +137,10 @@ def test_who_waits_is_served_in_turn_or_leaves_at_once(llama: Path) -> None:
 def test_too_long_a_prompt_is_refused_with_the_numbers(llama: Path) -> None:
     async def ask() -> None:
         async with serving({"llama": llama}) as engine:
-            assert engine.window("llama") == WINDOW
-            engine.prepare("llama", "~" * 500, greedy(12))
+            assert engine.about("llama").window == WINDOW
+            engine.prepare({"llama": 1.0}, "~" * 500, greedy(12))
             with pytest.raises(PromptError, match=r"500 tokens of prompt and 13 of answer .* window of 512"):
-                engine.prepare("llama", "~" * 500, greedy(13))
+                engine.prepare({"llama": 1.0}, "~" * 500, greedy(13))
 
     asyncio.run(ask())
 
@@ -163,7 +163,7 @@ def test_an_expert_that_cannot_load_says_why_and_the_others_serve(llama: Path, t
             assert "does not load" in status["cut"].detail
             assert "model.norm.weight" in status["lost"].detail
             with pytest.raises(EngineError, match=r"none cannot answer: no config.json"):
-                engine.prepare("none", "the owl", greedy(1))
+                engine.prepare({"none": 1.0}, "the owl", greedy(1))
             assert await answer(engine, "the owl", greedy(5))
 
     asyncio.run(ask())
@@ -174,7 +174,7 @@ def test_nothing_is_answered_before_it_is_loaded(llama: Path) -> None:
         engine = LocalEngine({"llama": llama})
         assert engine.status() == {"llama": Status("loading")}
         with pytest.raises(NotReadyError, match="llama is still loading"):
-            engine.prepare("llama", "the owl", greedy(1))
+            engine.prepare({"llama": 1.0}, "the owl", greedy(1))
         await engine.aclose()
 
     asyncio.run(ask())
@@ -184,7 +184,7 @@ def test_a_chat_without_a_template_is_refused(tmp_path: Path) -> None:
     async def ask() -> None:
         async with serving({"base": save_llama(tmp_path, template=None)}) as engine:
             with pytest.raises(PromptError, match="base has no chat template"):
-                engine.prepare("base", (Message("user", "hi"),), greedy(1))
+                engine.prepare({"base": 1.0}, (Message("user", "hi"),), greedy(1))
 
     asyncio.run(ask())
 
@@ -210,7 +210,7 @@ def test_a_prompt_that_fails_leaves_its_neighbours_alone(faulty: Path) -> None:
     async def ask() -> None:
         async with serving({"faulty": faulty}) as engine:
             undisturbed = await answer(engine, "the owl", greedy(280), "faulty")
-            neighbour = engine.generate(engine.prepare("faulty", "the owl", greedy(280)))
+            neighbour = engine.generate(engine.prepare({"faulty": 1.0}, "the owl", greedy(280)))
             first = await anext(neighbour)
             for prompt in (BREAKS_READING, BREAKS_LOGITS):
                 with pytest.raises(EngineError):
@@ -230,7 +230,7 @@ def test_a_dead_device_thread_is_an_error_for_all_and_never_a_hang(llama: Path, 
             )
             assert all(isinstance(end, EngineError) and "device thread died" in str(end) for end in ends)
             with pytest.raises(EngineError, match="device thread died"):
-                engine.prepare("llama", "the owl", greedy(1))
+                engine.prepare({"llama": 1.0}, "the owl", greedy(1))
             assert {status.state for status in engine.status().values()} == {"failed"}
 
     asyncio.run(ask())
@@ -247,7 +247,7 @@ def test_closing_ends_the_running_and_the_waiting_at_once(llama: Path) -> None:
             assert time.monotonic() - start < 1
             assert all(isinstance(end, EngineError) and "closed" in str(end) for end in ends)
             with pytest.raises(EngineError, match="closed"):
-                engine.prepare("llama", "the owl", greedy(1))
+                engine.prepare({"llama": 1.0}, "the owl", greedy(1))
 
     asyncio.run(close())
 
@@ -299,4 +299,4 @@ def test_a_worker_that_has_ended_takes_no_requests() -> None:
     worker = Worker(lambda _: None, max_batch=1, threads=1)
     worker.stop()
     with pytest.raises(EngineError, match="closed"):
-        worker.submit(Request(Job("llama", (1,), greedy(1))))
+        worker.submit(Request(Job({"llama": 1.0}, (1,), greedy(1))))

@@ -156,7 +156,7 @@ async def read(pieces: AsyncGenerator[Piece, None], at_most: int | None = None) 
 
 
 async def answer(engine: LocalEngine, prompt: Prompt, sampling: Sampling, expert: str = "llama") -> str:
-    return text(await read(engine.generate(engine.prepare(expert, prompt, sampling))))
+    return text(await read(engine.generate(engine.prepare({expert: 1.0}, prompt, sampling))))
 
 
 def text(pieces: list[Piece]) -> str:
@@ -164,4 +164,4 @@ def text(pieces: list[Piece]) -> str:
 
 
 def job(tokens: list[int], sampling: Sampling, expert: str = "llama") -> Job:
-    return Job(expert, tuple(tokens), sampling)
+    return Job({expert: 1.0}, tuple(tokens), sampling)
