@@ -1,0 +1,130 @@
+"""The decoder's arithmetic beside its linear layers: norms, rotary embedding, attention over paged memory.
+
+T tokens, B rows of a decode step, H hidden, D head width, X all heads of q, k and v, P pages, S tokens of a context.
+The key-value memory is one flat tensor. A page of it holds PAGE tokens of all layers, [layers, 2, kv heads, PAGE, D];
+it is named by the offset of its first element. Values are those of transformers' Llama modules, with their roundings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PAGE = 16
+"""Tokens a page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a decoder's attention looks like; width is a head's."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    width: int
+
+    @property
+    def page(self) -> int:
+        """Elements a page."""
+        return self.layers * 2 * self.kv_heads * PAGE * self.width
+
+
+def norm(hidden_TH: Tensor, weight_H: Tensor, eps: float, delta_TH: Tensor | None = None) -> Tensor:
+    """RMSNorm in fp32, rounded, times the weight; a delta is first added to hidden, in place."""
+    if delta_TH is not None:
+        hidden_TH += delta_TH
+    return _rms(hidden_TH, weight_H, eps)
+
+
+def place(
+    qkv_TX: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    memory: Tensor,
+    slots_T: Tensor,
+    layer: int,
+    shape: Shape,
+    q_norm_D: Tensor | None = None,
+    k_norm_D: Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    """Turn q and k by their positions, in place, and write k and v into the memory.
+
+    cos and sin are in the dtype of qkv. A slot is the offset of the token's page plus its place in it, 0 to PAGE - 1,
+    times the width. With norms, q and k go through them first, head by head.
+    """
+    heads_TGD = qkv_TX.view(len(qkv_TX), -1, shape.width)
+    last = shape.heads + shape.kv_heads
+    q_TGD, k_TGD, v_TGD = heads_TGD[:, : shape.heads], heads_TGD[:, shape.heads : last], heads_TGD[:, last:]
+    for each_TGD, norm_D in ((q_TGD, q_norm_D), (k_TGD, k_norm_D)):
+        normed_TGD = each_TGD if norm_D is None else _rms(each_TGD, norm_D, eps)
+        left, right = normed_TGD.chunk(2, dim=-1)
+        turned_TGD = torch.cat((-right, left), dim=-1) * sin_TD[:, None]
+        each_TGD.copy_(normed_TGD * cos_TD[:, None] + turned_TGD)
+    lanes_GD = _starts(layer, shape, memory)[:, None] + torch.arange(shape.width, device=memory.device)
+    memory[slots_T[:, None, None] + lanes_GD] = torch.cat((k_TGD, v_TGD), dim=1)
+
+
+def attend(
+    qkv_BX: Tensor,
+    memory: Tensor,
+    tables_BP: Tensor,
+    lengths_B: Tensor,
+    layer: int,
+    shape: Shape,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """What each row's new token, whose q is in qkv, sees of its context, [B, heads * D].
+
+    A row's context is the first `lengths` tokens of its pages, the new one among them; the rest of a table may be any
+    valid offset. Of a window, the last so many tokens.
+    """
+    rows, pages = tables_BP.shape
+    where_BGP = tables_BP[:, None] + _starts(layer, shape, memory)[:, None]
+    kv_BGSD = _pages(memory, where_BGP, shape).view(rows, 2, shape.kv_heads, pages * PAGE, shape.width)
+    places_S = torch.arange(pages * PAGE, device=memory.device)
+    seen_BS = places_S < lengths_B[:, None]
+    if window is not None:
+        seen_BS &= places_S >= lengths_B[:, None] - window
+    # What is not seen may be anything, even NaN, which a mask of scores does not keep out.
+    kv_BGSD = kv_BGSD.masked_fill(~seen_BS[:, None, None, :, None], 0)
+    q_BGD = qkv_BX[:, : shape.heads * shape.width].view(rows, shape.heads, 1, shape.width)
+    seen_BS = seen_BS[:, None, None]
+    out = F.scaled_dot_product_attention(
+        q_BGD, kv_BGSD[:, 0], kv_BGSD[:, 1], attn_mask=seen_BS, scale=scale, enable_gqa=True
+    )
+    return out.reshape(rows, -1)
+
+
+def gather(memory: Tensor, table_P: Tensor, length: int, layer: int, shape: Shape) -> tuple[Tensor, Tensor]:
+    """k and v of a context's first `length` tokens, [kv heads, S, D] each, contiguous."""
+    where_GP = table_P[: -(-length // PAGE)] + _starts(layer, shape, memory)[:, None]
+    kv_GSD = _pages(memory, where_GP, shape).view(2, shape.kv_heads, -1, shape.width)[:, :, :length]
+    return kv_GSD[0].contiguous(), kv_GSD[1].contiguous()
+
+
+def silu_mul(gate_up_TX: Tensor) -> Tensor:
+    """silu(gate) * up of the two halves of each row, the first rounded before the second."""
+    gate_TI, up_TI = gate_up_TX.chunk(2, dim=-1)
+    return F.silu(gate_TI) * up_TI
+
+
+def _rms(values: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = values.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(values.dtype)
+
+
+def _starts(layer: int, shape: Shape, memory: Tensor) -> Tensor:
+    """Where in a page a layer's k heads and then its v heads begin, [2 * kv heads]."""
+    count = 2 * shape.kv_heads
+    return torch.arange(layer * count, (layer + 1) * count, device=memory.device) * (PAGE * shape.width)
+
+
+def _pages(memory: Tensor, where: Tensor, shape: Shape) -> Tensor:
+    """The PAGE * D elements that begin at each offset."""
+    return memory.unfold(0, PAGE * shape.width, 1)[where]
