@@ -1,0 +1,155 @@
+"""One step of one model: some tokens of some sequences in, logits out. What the scheduler asks of a model.
+
+Array names: T tokens of all segments in a row, B segments, P pages, R rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from service.engines.local.ops import PAGE, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The next tokens of one sequence.
+
+    start: how many came before; their keys and values, and those to come, are in the pages at `table`'s offsets. rows:
+    of how many of its last tokens the logits are wanted. route: what `Model.route` said of the sequence's prompt.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    table: Sequence[int]
+    rows: int = 1
+    route: Any = None
+
+    @property
+    def end(self) -> int:
+        """How many tokens there are after it."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Segments side by side: those of one token first, then the longer ones."""
+
+    segments: Sequence[Segment]
+    width: int
+    device: torch.device
+    singles: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        counts = [len(segment.tokens) for segment in self.segments]
+        singles = next((i for i, count in enumerate(counts) if count > 1), len(counts))
+        assert all(count > 1 for count in counts[singles:]), "segments of one token come first"
+        object.__setattr__(self, "singles", singles)
+
+    @cached_property
+    def ids_T(self) -> Tensor:
+        """The tokens."""
+        return self._tensor([token for segment in self.segments for token in segment.tokens])
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """Where in its sequence each is."""
+        return self._tensor([place for segment in self.segments for place in range(segment.start, segment.end)])
+
+    @cached_property
+    def slots_T(self) -> Tensor:
+        """Where in the memory each belongs: its page's offset and the width of the tokens before it there."""
+        return self._tensor(
+            [
+                segment.table[place // PAGE] + place % PAGE * self.width
+                for segment in self.segments
+                for place in range(segment.start, segment.end)
+            ]
+        )
+
+    @cached_property
+    def tables_BP(self) -> Tensor:
+        """The pages of the segments of one token."""
+        tables = [segment.table for segment in self.segments[: self.singles]]
+        most = max(len(table) for table in tables)
+        return self._tensor([[*table, *[0] * (most - len(table))] for table in tables])
+
+    @cached_property
+    def lengths_B(self) -> Tensor:
+        """How many tokens the segments of one token see."""
+        return self._tensor([segment.end for segment in self.segments[: self.singles]])
+
+    @cached_property
+    def rows_R(self) -> Tensor:
+        """Whose logits are wanted."""
+        rows: list[int] = []
+        end = 0
+        for segment in self.segments:
+            end += len(segment.tokens)
+            rows += range(end - segment.rows, end)
+        return self._tensor(rows)
+
+    @cached_property
+    def spans(self) -> list[tuple[Segment, slice]]:
+        """The longer segments, and which of the tokens are theirs."""
+        found, at = [], self.singles
+        for segment in self.segments[self.singles :]:
+            found.append((segment, slice(at, at + len(segment.tokens))))
+            at += len(segment.tokens)
+        return found
+
+    @cached_property
+    def tables(self) -> list[Tensor]:
+        """The pages of each of the longer segments."""
+        return [self._tensor(segment.table) for segment, _ in self.spans]
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+class Model(Protocol):
+    """A causal language model over paged key-value memory."""
+
+    @property
+    def shape(self) -> Shape:
+        """What a page holds of a token."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """V of the logits."""
+        ...
+
+    def forward(self, segments: Sequence[Segment], memory: Tensor) -> Tensor:
+        """The logits [R, V] of the segments' wanted rows, in order; keys and values are written to their pages."""
+        ...
+
+    def route(self, tokens: Sequence[int]) -> Any:
+        """What every segment of a sequence that begins with this prompt needs to know; None for most models."""
+        ...
+
+
+def attend_span(q_THD: Tensor, k_HSD: Tensor, v_HSD: Tensor, *, scale: float, window: int | None = None) -> Tensor:
+    """Attention [T, H, D] of a sequence's last T tokens over all S of it; grouped queries have fewer keys' heads."""
+    new, heads = q_THD.shape[:2]
+    total, groups = k_HSD.shape[1], heads // k_HSD.shape[0]
+    keys, values = (
+        states.repeat_interleave(groups, 0)[None] if groups > 1 else states[None] for states in (k_HSD, v_HSD)
+    )
+    whole = new == total and (window is None or window >= total)
+    mask_TS = None if whole else causal(new, total, window, q_THD.device)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q_THD.transpose(0, 1)[None], keys, values, attn_mask=mask_TS, is_causal=whole, scale=scale
+    )
+    return out[0].transpose(0, 1)
+
+
+def causal(new: int, total: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of `total` tokens each of the last `new` sees [new, total]."""
+    seen_TS = torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
+    return seen_TS if window is None else seen_TS.triu(total - new - window + 1)
