@@ -1,4 +1,4 @@
-"""Key-value memory: one budget for all experts, lent in chunks, used in pages of sixteen tokens, kept as long as it can be.
+"""Key-value memory: one budget for all experts, lent in chunks, used in pages, kept as long as it can be.
 
 A page that is full is known by its tokens and the page before it, so a prompt that begins like another one takes over
 its pages. A page that nobody uses stays until its room is needed, the longest unused first.
@@ -28,7 +28,7 @@ class Page:
 
 
 class Memory:
-    """A flat tensor of `chunks` times `chunk` elements. Untouched chunks cost nothing: the system has not given them."""
+    """A flat tensor of `chunks` times `chunk` elements. Untouched ones cost nothing: the system has not given them."""
 
     def __init__(self, chunks: int, chunk: int, dtype: torch.dtype, device: torch.device) -> None:
         self.chunks, self.chunk = chunks, chunk
@@ -89,10 +89,9 @@ class Shelf:
         """Pages of a chunk."""
         return self.memory.chunk // self.page
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit if nobody else is there."""
-        return self.memory.chunks * self.per_chunk * PAGE
+    def chunks_for(self, tokens: int) -> int:
+        """How many chunks so many tokens of one sequence need at least."""
+        return -(-tokens // (self.per_chunk * PAGE))
 
     def begin(self, tokens: Sequence[int]) -> list[Page]:
         """The pages that hold the longest known beginning of these tokens, but never all of them; taken."""
