@@ -1,0 +1,753 @@
+/* The arithmetic of a decoder's step on the processor, in bf16 or fp32. ops.py and linear.py say what each does.
+
+   Work is cut into tasks by its own shape alone, and a task is done by one thread in one order: results depend neither
+   on the number of threads nor on who else is in the batch. Every output of a matrix product is one chain of
+   multiply-adds over K, however many rows go through the weights together.
+
+   `wide` is 1 for fp32 and 0 for bf16. Products and sums may be fused, save where transformers rounds between them. */
+
+#define _GNU_SOURCE
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define X86 1
+#include <immintrin.h>
+#define FOR_512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define FOR_256 __attribute__((target("avx2,fma")))
+#define FOR_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
+#define WIDE __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define X86 0
+#define WIDE
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+#define PAGE 16
+#define CHUNK 128 /* tokens of a context that make a task of attention */
+#define GROUP 4   /* query heads that go through the keys together */
+#define PANEL 32  /* outputs of a matrix product that make a panel of weights */
+#define TILE 12   /* rows that go through a panel together, at most */
+#define BLOCK 240 /* rows whose inputs stay in the cache while the weights pass */
+
+typedef float F16 __attribute__((vector_size(64)));
+typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef uint16_t H16 __attribute__((vector_size(32)));
+
+INLINE float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint32_t to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+/* To nearest, ties to even. */
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits = to_bits(value);
+    return value != value ? 0x7FC0 : (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+INLINE float from_bf16(uint16_t bits) { return from_bits((uint32_t)bits << 16); }
+
+INLINE float get(const void *values, int64_t i, int wide) {
+    return wide ? ((const float *)values)[i] : from_bf16(((const uint16_t *)values)[i]);
+}
+
+INLINE void put(void *values, int64_t i, float value, int wide) {
+    if (wide)
+        ((float *)values)[i] = value;
+    else
+        ((uint16_t *)values)[i] = to_bf16(value);
+}
+
+INLINE float rounded(float value, int wide) { return wide ? value : from_bf16(to_bf16(value)); }
+
+INLINE void *at(const void *values, int64_t i, int wide) { return (char *)values + i * (wide ? 4 : 2); }
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Threads. Workers that come too late for a job are not waited for. */
+
+typedef void (*Work)(const void *job, int64_t task);
+
+#define SPINS 3000
+#define WORKERS 255
+
+static struct {
+    pthread_mutex_t one, lock;
+    pthread_cond_t begun, ended;
+    atomic_int_fast64_t number, next;
+    atomic_int open, busy;
+    int asleep, started, wanted;
+    Work work;
+    const void *job;
+    int64_t tasks;
+} pool = {.one = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER,
+          .begun = PTHREAD_COND_INITIALIZER, .ended = PTHREAD_COND_INITIALIZER};
+
+INLINE void relax(void) {
+#if X86
+    _mm_pause();
+#endif
+}
+
+static void take(Work work, const void *job, int64_t tasks) {
+    for (int64_t task; (task = atomic_fetch_add(&pool.next, 1)) < tasks;) work(job, task);
+}
+
+static void *serve(void *argument) {
+    int own = (int)(intptr_t)argument;
+    int_fast64_t seen = 0;
+    for (;;) {
+        for (int spin = 0; spin < SPINS && atomic_load(&pool.number) == seen; spin++) relax();
+        pthread_mutex_lock(&pool.lock);
+        while (atomic_load(&pool.number) == seen) {
+            pool.asleep++;
+            pthread_cond_wait(&pool.begun, &pool.lock);
+            pool.asleep--;
+        }
+        seen = atomic_load(&pool.number);
+        int joins = atomic_load(&pool.open) && own < pool.wanted;
+        Work work = pool.work;
+        const void *job = pool.job;
+        int64_t tasks = pool.tasks;
+        if (joins) atomic_fetch_add(&pool.busy, 1);
+        pthread_mutex_unlock(&pool.lock);
+        if (!joins) continue;
+        take(work, job, tasks);
+        pthread_mutex_lock(&pool.lock);
+        if (atomic_fetch_sub(&pool.busy, 1) == 1) pthread_cond_signal(&pool.ended);
+        pthread_mutex_unlock(&pool.lock);
+    }
+    return NULL;
+}
+
+/* In a forked child no worker lives. */
+static void forget(void) {
+    pthread_mutex_init(&pool.one, NULL);
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.begun, NULL);
+    pthread_cond_init(&pool.ended, NULL);
+    atomic_store(&pool.open, 0);
+    atomic_store(&pool.busy, 0);
+    pool.asleep = pool.started = 0;
+}
+
+static void start(void) {
+    static int registered = 0;
+    if (!registered) registered = !pthread_atfork(NULL, NULL, forget);
+    while (pool.started < pool.wanted) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, serve, (void *)(intptr_t)pool.started)) break;
+        pthread_detach(thread);
+        pool.started++;
+    }
+}
+
+/* How many threads work, the caller among them. */
+void set_threads(int count) {
+    pthread_mutex_lock(&pool.one);
+    pthread_mutex_lock(&pool.lock);
+    pool.wanted = (int)least(count < 1 ? 0 : count - 1, WORKERS);
+    pthread_mutex_unlock(&pool.lock);
+    pthread_mutex_unlock(&pool.one);
+}
+
+static void run(Work work, const void *job, int64_t tasks) {
+    if (tasks < 2 || !pool.wanted) {
+        for (int64_t task = 0; task < tasks; task++) work(job, task);
+        return;
+    }
+    pthread_mutex_lock(&pool.one);
+    if (pool.started < pool.wanted) start();
+    pthread_mutex_lock(&pool.lock);
+    pool.work = work;
+    pool.job = job;
+    pool.tasks = tasks;
+    atomic_store(&pool.next, 0);
+    atomic_store(&pool.open, 1);
+    atomic_fetch_add(&pool.number, 1);
+    if (pool.asleep) pthread_cond_broadcast(&pool.begun);
+    pthread_mutex_unlock(&pool.lock);
+    take(work, job, tasks);
+    pthread_mutex_lock(&pool.lock);
+    atomic_store(&pool.open, 0);
+    pthread_mutex_unlock(&pool.lock);
+    for (int spin = 0; spin < SPINS && atomic_load(&pool.busy); spin++) relax();
+    pthread_mutex_lock(&pool.lock);
+    while (atomic_load(&pool.busy)) pthread_cond_wait(&pool.ended, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+    pthread_mutex_unlock(&pool.one);
+}
+
+/* How many of `count` rows make a task, where each does `each` steps: all, when there is little to do. */
+static int64_t grain(int64_t count, int64_t each) {
+    return count * each < 65536 ? (count ? count : 1) : each < 8192 ? (8192 + each - 1) / each : 1;
+}
+
+/* Elementwise. */
+
+INLINE void rms(const void *x, const void *weight, float eps, void *out, int64_t count, int wide) {
+    float lanes[64] = {0}, sum = 0;
+    int64_t whole = count / 64 * 64;
+    for (int64_t i = 0; i < whole; i += 64)
+        for (int lane = 0; lane < 64; lane++) {
+            float value = get(x, i + lane, wide);
+            lanes[lane] += value * value;
+        }
+    for (int64_t i = whole; i < count; i++) lanes[i - whole] += get(x, i, wide) * get(x, i, wide);
+    for (int half = 32; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+    sum = lanes[0];
+    float factor = 1.0f / sqrtf(sum / (float)count + eps);
+    for (int64_t i = 0; i < count; i++)
+        put(out, i, rounded(get(x, i, wide) * factor, wide) * get(weight, i, wide), wide);
+}
+
+typedef struct {
+    void *hidden;
+    const void *delta, *weight;
+    void *out;
+    int64_t rows, width, step;
+    float eps;
+} Norm;
+
+INLINE void norm_rows(const Norm *job, int64_t task, int wide) {
+    int64_t stop = least((task + 1) * job->step, job->rows);
+    for (int64_t row = task * job->step; row < stop; row++) {
+        void *hidden = at(job->hidden, row * job->width, wide);
+        if (job->delta) {
+            const void *delta = at(job->delta, row * job->width, wide);
+            for (int64_t i = 0; i < job->width; i++) put(hidden, i, get(hidden, i, wide) + get(delta, i, wide), wide);
+        }
+        rms(hidden, job->weight, job->eps, at(job->out, row * job->width, wide), job->width, wide);
+    }
+}
+
+WIDE static void norm_bf16(const void *job, int64_t task) { norm_rows(job, task, 0); }
+WIDE static void norm_fp32(const void *job, int64_t task) { norm_rows(job, task, 1); }
+
+/* hidden[rows][width] += delta unless NULL; out = RMSNorm of it. */
+void norm(int wide, void *hidden, const void *delta, const void *weight, float eps, void *out, int64_t rows,
+          int64_t width) {
+    int64_t step = grain(rows, width);
+    Norm job = {hidden, delta, weight, out, rows, width, step, eps};
+    run(wide ? norm_fp32 : norm_bf16, &job, (rows + step - 1) / step);
+}
+
+typedef struct {
+    void *qkv;
+    const void *cos, *sin;
+    void *memory;
+    const int64_t *slots;
+    int64_t rows, heads, kv_heads, width, layer, step;
+    const void *q_norm, *k_norm;
+    float eps;
+} Place;
+
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+
+INLINE void turn(void *head, const void *cos, const void *sin, int64_t width, int wide) {
+    int64_t half = width / 2;
+    void *other = at(head, half, wide);
+    const void *cos_2 = at(cos, half, wide), *sin_2 = at(sin, half, wide);
+    for (int64_t i = 0; i < half; i++) {
+        float a = get(head, i, wide), b = get(other, i, wide);
+        float left = rounded(a * get(cos, i, wide), wide) + rounded(-b * get(sin, i, wide), wide);
+        float right = rounded(b * get(cos_2, i, wide), wide) + rounded(a * get(sin_2, i, wide), wide);
+        put(head, i, left, wide);
+        put(other, i, right, wide);
+    }
+}
+
+INLINE void place_rows(const Place *job, int64_t task, int wide) {
+    int64_t width = job->width, turned = job->heads + job->kv_heads, all = turned + job->kv_heads;
+    int64_t stop = least((task + 1) * job->step, job->rows);
+    for (int64_t row = task * job->step; row < stop; row++) {
+        const void *cos = at(job->cos, row * width, wide), *sin = at(job->sin, row * width, wide);
+        int64_t slot = job->slots[row] + job->layer * 2 * job->kv_heads * PAGE * width;
+        for (int64_t head = 0; head < all; head++) {
+            void *own = at(job->qkv, (row * all + head) * width, wide);
+            const void *norm = head < job->heads ? job->q_norm : job->k_norm;
+            if (head < turned) {
+                if (norm) rms(own, norm, job->eps, own, width, wide);
+                turn(own, cos, sin, width, wide);
+            }
+            if (head >= job->heads) {
+                memcpy(at(job->memory, slot, wide), own, (size_t)width * (wide ? 4 : 2));
+                slot += PAGE * width;
+            }
+        }
+    }
+}
+
+WIDE static void place_bf16(const void *job, int64_t task) { place_rows(job, task, 0); }
+WIDE static void place_fp32(const void *job, int64_t task) { place_rows(job, task, 1); }
+
+#pragma GCC pop_options
+
+void place(int wide, void *qkv, const void *cos, const void *sin, void *memory, const int64_t *slots, int64_t rows,
+           int64_t heads, int64_t kv_heads, int64_t width, int64_t layer, const void *q_norm, const void *k_norm,
+           float eps) {
+    int64_t step = grain(rows, (heads + 2 * kv_heads) * width);
+    Place job = {qkv, cos, sin, memory, slots, rows, heads, kv_heads, width, layer, step, q_norm, k_norm, eps};
+    run(wide ? place_fp32 : place_bf16, &job, (rows + step - 1) / step);
+}
+
+typedef struct {
+    const void *memory;
+    const int64_t *table;
+    void *keys, *values;
+    int64_t length, kv_heads, width, layer;
+    size_t size;
+} Gather;
+
+static void gather_page(const void *argument, int64_t page) {
+    const Gather *job = argument;
+    size_t row = (size_t)job->width * job->size, block = row * PAGE;
+    size_t bytes = row * (size_t)least(PAGE, job->length - page * PAGE);
+    const char *from = (const char *)job->memory + (size_t)job->table[page] * job->size;
+    from += (size_t)(job->layer * 2 * job->kv_heads) * block;
+    for (int64_t head = 0; head < 2 * job->kv_heads; head++, from += block) {
+        char *to = head < job->kv_heads ? job->keys : job->values;
+        memcpy(to + (size_t)(head % job->kv_heads * job->length + page * PAGE) * row, from, bytes);
+    }
+}
+
+void gather(int wide, const void *memory, const int64_t *table, int64_t length, int64_t kv_heads, int64_t width,
+            int64_t layer, void *keys, void *values) {
+    Gather job = {memory, table, keys, values, length, kv_heads, width, layer, wide ? 4 : 2};
+    int64_t pages = (length + PAGE - 1) / PAGE;
+    if (length * kv_heads * width < 32768)
+        for (int64_t page = 0; page < pages; page++) gather_page(&job, page);
+    else
+        run(gather_page, &job, pages);
+}
+
+/* e^x to about one unit in the last place; NaN stays. */
+INLINE float exponential(float x) {
+    x = x > 89.0f ? 89.0f : x;
+    x = x < -87.3f ? -87.3f : x;
+    float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * from_bits((to_bits(shifted) - 0x4B400000u + 127u) << 23);
+}
+
+typedef struct {
+    const void *gate_up;
+    void *out;
+    int64_t rows, width, step;
+} Silu;
+
+INLINE void silu_rows(const Silu *job, int64_t task, int wide) {
+    int64_t stop = least((task + 1) * job->step, job->rows), width = job->width;
+    for (int64_t row = task * job->step; row < stop; row++) {
+        const void *gate = at(job->gate_up, row * 2 * width, wide), *up = at(gate, width, wide);
+        void *out = at(job->out, row * width, wide);
+        for (int64_t i = 0; i < width; i++) {
+            float value = get(gate, i, wide);
+            put(out, i, rounded(value / (1.0f + exponential(-value)), wide) * get(up, i, wide), wide);
+        }
+    }
+}
+
+WIDE static void silu_bf16(const void *job, int64_t task) { silu_rows(job, task, 0); }
+WIDE static void silu_fp32(const void *job, int64_t task) { silu_rows(job, task, 1); }
+
+/* out[rows][width] = silu(gate) * up of gate_up[rows][2 width]. */
+void silu_mul(int wide, const void *gate_up, void *out, int64_t rows, int64_t width) {
+    int64_t step = grain(rows, width * 2);
+    Silu job = {gate_up, out, rows, width, step};
+    run(wide ? silu_fp32 : silu_bf16, &job, (rows + step - 1) / step);
+}
+
+/* Attention. A task is a row's chunk of tokens below one key-value head; then the chunks of a row are put together in
+   their order. */
+
+typedef struct {
+    const void *qkv, *memory;
+    const int64_t *tables, *lengths;
+    void *out;
+    float *parts; /* [rows][chunks][heads][width + 2]: weighted values, their weights' sum, the largest score */
+    int64_t rows, chunks, pages, heads, kv_heads, width, layer, window;
+    float scale;
+} Attend;
+
+INLINE F16 load_16(const void *values, int64_t i, int wide) {
+    if (wide) {
+        F16 lanes;
+        memcpy(&lanes, (const float *)values + i, 64);
+        return lanes;
+    }
+    H16 raw;
+    memcpy(&raw, (const uint16_t *)values + i, 32);
+    return (F16)(__builtin_convertvector(raw, U16) << 16);
+}
+
+INLINE float total(F16 lanes) {
+    typedef float F8 __attribute__((vector_size(32)));
+    typedef float F4 __attribute__((vector_size(16)));
+    F8 eights[2];
+    F4 fours[2];
+    memcpy(eights, &lanes, 64);
+    F8 eight = eights[0] + eights[1];
+    memcpy(fours, &eight, 32);
+    F4 four = fours[0] + fours[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+/* `count` query heads that share keys over the tokens first .. last - 1 of a chunk. */
+INLINE void attend_heads(const Attend *job, const float *queries, const void *const *keys, int64_t first, int64_t last,
+                         float *part, int count, int wide) {
+    int64_t width = job->width;
+    float scores[GROUP][CHUNK] __attribute__((aligned(64)));
+    for (int64_t token = first; token < last; token++) {
+        const void *key = at(keys[token / PAGE], token % PAGE * width, wide);
+        F16 sums[GROUP] = {{0}};
+        for (int64_t d = 0; d < width; d += 16) {
+            F16 lanes = load_16(key, d, wide);
+            for (int head = 0; head < count; head++) sums[head] += lanes * load_16(queries + head * width, d, 1);
+        }
+        for (int head = 0; head < count; head++) scores[head][token] = total(sums[head]) * job->scale;
+    }
+    for (int head = 0; head < count; head++) {
+        float largest = scores[head][first], sum = 0;
+        for (int64_t token = first; token < last; token++)
+            largest = scores[head][token] > largest ? scores[head][token] : largest;
+        for (int64_t token = first; token < last; token++)
+            scores[head][token] = exponential(scores[head][token] - largest);
+        for (int64_t token = first; token < last; token++) sum += scores[head][token];
+        part[head * (width + 2) + width] = sum;
+        part[head * (width + 2) + width + 1] = largest;
+    }
+    int64_t values = job->kv_heads * PAGE * width; /* from a page's keys to its values */
+    for (int64_t d = 0; d < width; d += 32) {
+        int more = d + 16 < width;
+        F16 low[GROUP] = {{0}}, high[GROUP] = {{0}};
+        for (int64_t token = first; token < last; token++) {
+            const void *value = at(keys[token / PAGE], values + token % PAGE * width, wide);
+            F16 left = load_16(value, d, wide), right = load_16(value, more ? d + 16 : d, wide);
+            for (int head = 0; head < count; head++) {
+                low[head] += left * scores[head][token];
+                high[head] += right * scores[head][token];
+            }
+        }
+        for (int head = 0; head < count; head++) {
+            float *out = part + head * (width + 2) + d;
+            memcpy(out, &low[head], 64);
+            if (more) memcpy(out + 16, &high[head], 64);
+        }
+    }
+}
+
+INLINE void attend_chunk(const Attend *job, int64_t task, int wide) {
+    int64_t width = job->width, group = job->heads / job->kv_heads;
+    int64_t chunk = task % job->chunks, shared = task / job->chunks % job->kv_heads;
+    int64_t row = task / job->chunks / job->kv_heads;
+    int64_t start = chunk * CHUNK, length = job->lengths[row];
+    int64_t first = job->window && length - job->window > start ? length - job->window - start : 0;
+    int64_t last = least(length - start, CHUNK);
+    if (first >= last) return;
+    const void *keys[CHUNK / PAGE];
+    const int64_t *table = job->tables + row * job->pages + start / PAGE;
+    int64_t inside = (job->layer * 2 * job->kv_heads + shared) * PAGE * width;
+    for (int64_t page = first / PAGE; page * PAGE < last; page++) keys[page] = at(job->memory, table[page] + inside, wide);
+    float queries[GROUP * 256] __attribute__((aligned(64)));
+    for (int64_t head = shared * group; head < (shared + 1) * group;) {
+        int64_t count = least((shared + 1) * group - head, GROUP);
+        int64_t query = row * (job->heads + 2 * job->kv_heads) * width + head * width;
+        for (int64_t i = 0; i < count * width; i++) queries[i] = get(job->qkv, query + i, wide);
+        float *part = job->parts + ((row * job->chunks + chunk) * job->heads + head) * (width + 2);
+        switch (count) {
+        case 1: attend_heads(job, queries, keys, first, last, part, 1, wide); break;
+        case 2: attend_heads(job, queries, keys, first, last, part, 2, wide); break;
+        case 3: attend_heads(job, queries, keys, first, last, part, 3, wide); break;
+        default: attend_heads(job, queries, keys, first, last, part, GROUP, wide);
+        }
+        head += count;
+    }
+}
+
+INLINE void join_chunks(const Attend *job, int64_t row, int wide) {
+    int64_t width = job->width, length = job->lengths[row], chunks = (length + CHUNK - 1) / CHUNK;
+    int64_t first = job->window && length > job->window ? (length - job->window) / CHUNK : 0;
+    int64_t step = job->heads * (width + 2);
+    for (int64_t head = 0; head < job->heads; head++) {
+        const float *parts = job->parts + row * job->chunks * step + head * (width + 2);
+        float sums[256] = {0}, weight = 0, largest = -INFINITY;
+        for (int64_t chunk = first; chunk < chunks; chunk++)
+            largest = parts[chunk * step + width + 1] > largest ? parts[chunk * step + width + 1] : largest;
+        for (int64_t chunk = first; chunk < chunks; chunk++) {
+            const float *part = parts + chunk * step;
+            float factor = exponential(part[width + 1] - largest);
+            weight += part[width] * factor;
+            for (int64_t i = 0; i < width; i++) sums[i] += part[i] * factor;
+        }
+        for (int64_t i = 0; i < width; i++) put(job->out, (row * job->heads + head) * width + i, sums[i] / weight, wide);
+    }
+}
+
+WIDE static void attend_bf16(const void *job, int64_t task) { attend_chunk(job, task, 0); }
+WIDE static void attend_fp32(const void *job, int64_t task) { attend_chunk(job, task, 1); }
+WIDE static void join_bf16(const void *job, int64_t task) { join_chunks(job, task, 0); }
+WIDE static void join_fp32(const void *job, int64_t task) { join_chunks(job, task, 1); }
+
+/* out[rows][heads * width]; width is a multiple of 16, at most 256. window: 0 is none. 0: out of memory. */
+int attend(int wide, const void *qkv, const void *memory, const int64_t *tables, const int64_t *lengths, void *out,
+           int64_t rows, int64_t pages, int64_t heads, int64_t kv_heads, int64_t width, int64_t layer, int64_t window,
+           float scale) {
+    static _Thread_local float *parts = NULL;
+    static _Thread_local int64_t room = 0;
+    int64_t longest = 0, tokens = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        longest = lengths[row] > longest ? lengths[row] : longest;
+        tokens += lengths[row];
+    }
+    int64_t chunks = (longest + CHUNK - 1) / CHUNK, needed = rows * chunks * heads * (width + 2);
+    if (needed > room) {
+        free(parts);
+        parts = malloc((size_t)needed * sizeof *parts);
+        room = parts ? needed : 0;
+        if (!parts) return 0;
+    }
+    Attend job = {qkv,  memory, tables, lengths,  out,   parts, rows,  chunks,
+                  pages, heads, kv_heads, width, layer, window, scale};
+    Work work = wide ? attend_fp32 : attend_bf16, join = wide ? join_fp32 : join_bf16;
+    int64_t tasks = rows * kv_heads * chunks;
+    if (tokens * heads * width < 32768) {
+        for (int64_t task = 0; task < tasks; task++) work(&job, task);
+        for (int64_t row = 0; row < rows; row++) join(&job, row);
+        return 1;
+    }
+    run(work, &job, tasks);
+    if (rows * chunks < 16)
+        for (int64_t row = 0; row < rows; row++) join(&job, row);
+    else
+        run(join, &job, rows);
+    return 1;
+}
+
+/* Matrix products. Weights lie in panels of PANEL outputs, zeros after the last: [K][PANEL] in fp32, [K / 2][PANEL][2]
+   in bf16 and int8, and in int4 as unpack_int4 says. */
+
+INLINE void tile_fp32(const void *inputs, int64_t stride, const void *panel, int64_t depth, float *out, int rows) {
+    const float *x = inputs, *w = panel;
+    F16 sums[TILE][2] = {{{0}}};
+    for (int64_t k = 0; k < depth; k++, w += PANEL) {
+        F16 left = load_16(w, 0, 1), right = load_16(w, 16, 1);
+        __builtin_prefetch(w + 16 * PANEL);
+        __builtin_prefetch(w + 16 * PANEL + 16);
+#pragma GCC unroll 12
+        for (int row = 0; row < rows; row++) {
+            sums[row][0] += left * x[row * stride + k];
+            sums[row][1] += right * x[row * stride + k];
+        }
+    }
+    memcpy(out, sums, (size_t)rows * PANEL * sizeof *out);
+}
+
+INLINE void tile_pairs(const void *inputs, int64_t stride, const void *panel, int64_t depth, float *out, int rows) {
+    const uint16_t *x = inputs;
+    const uint32_t *w = panel;
+    F16 sums[TILE][2] = {{{0}}};
+    for (int64_t k = 0; k < depth; k += 2, w += PANEL) {
+        U16 left, right;
+        memcpy(&left, w, 64);
+        memcpy(&right, w + 16, 64);
+        __builtin_prefetch(w + 16 * PANEL);
+        __builtin_prefetch(w + 16 * PANEL + 16);
+        F16 left_0 = (F16)(left << 16), left_1 = (F16)(left & 0xFFFF0000u);
+        F16 right_0 = (F16)(right << 16), right_1 = (F16)(right & 0xFFFF0000u);
+#pragma GCC unroll 12
+        for (int row = 0; row < rows; row++) {
+            float x_0 = from_bf16(x[row * stride + k]), x_1 = from_bf16(x[row * stride + k + 1]);
+            sums[row][0] += left_0 * x_0;
+            sums[row][1] += right_0 * x_0;
+            sums[row][0] += left_1 * x_1;
+            sums[row][1] += right_1 * x_1;
+        }
+    }
+    memcpy(out, sums, (size_t)rows * PANEL * sizeof *out);
+}
+
+typedef void (*Tiles)(const void *x, int64_t stride, const void *panel, int64_t depth, float *out, int rows);
+
+#define CASE(tile, n)                                                                                                  \
+    case n: tile(x, stride, panel, depth, out, n); break;
+#define FEW(tile) CASE(tile, 1) CASE(tile, 2) CASE(tile, 3)
+#define MANY(tile)                                                                                                     \
+    FEW(tile)                                                                                                          \
+    CASE(tile, 4)                                                                                                      \
+    CASE(tile, 5) CASE(tile, 6) CASE(tile, 7) CASE(tile, 8) CASE(tile, 9) CASE(tile, 10) CASE(tile, 11) CASE(tile, 12)
+#define TILES(name, cases)                                                                                             \
+    static void name(const void *x, int64_t stride, const void *panel, int64_t depth, float *out, int rows) {         \
+        switch (rows) { cases }                                                                                        \
+    }
+
+TILES(fp32_any, FEW(tile_fp32))
+TILES(bf16_any, FEW(tile_pairs))
+#if X86
+FOR_256 TILES(fp32_256, FEW(tile_fp32))
+FOR_256 TILES(bf16_256, FEW(tile_pairs))
+FOR_512 TILES(fp32_512, MANY(tile_fp32))
+FOR_512 TILES(bf16_512, MANY(tile_pairs))
+
+FOR_BF16 INLINE void tile_bf16(const void *inputs, int64_t stride, const void *panel, int64_t depth, float *out,
+                               int rows) {
+    const uint16_t *x = inputs;
+    const uint32_t *w = panel;
+    __m512 sums[TILE][2];
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < depth; k += 2, w += PANEL) {
+        __m512bh left = (__m512bh)_mm512_loadu_si512(w), right = (__m512bh)_mm512_loadu_si512(w + 16);
+        __builtin_prefetch(w + 16 * PANEL);
+        __builtin_prefetch(w + 16 * PANEL + 16);
+#pragma GCC unroll 12
+        for (int row = 0; row < rows; row++) {
+            int32_t pair;
+            memcpy(&pair, x + row * stride + k, 4);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            sums[row][0] = _mm512_dpbf16_ps(sums[row][0], left, both);
+            sums[row][1] = _mm512_dpbf16_ps(sums[row][1], right, both);
+        }
+    }
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) {
+        _mm512_storeu_ps(out + row * PANEL, sums[row][0]);
+        _mm512_storeu_ps(out + row * PANEL + 16, sums[row][1]);
+    }
+}
+
+FOR_BF16 TILES(bf16_dot, MANY(tile_bf16))
+#endif
+
+/* The tiles for this processor, and how many rows they take. */
+static Tiles tiles(int wide, int *rows) {
+    *rows = 3;
+#if X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
+        *rows = TILE;
+        if (wide) return fp32_512;
+        return __builtin_cpu_supports("avx512bf16") ? bf16_dot : bf16_512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return wide ? fp32_256 : bf16_256;
+#endif
+    return wide ? fp32_any : bf16_any;
+}
+
+/* One panel of int8 as bf16, which holds them exactly. */
+WIDE static void unpack_int8(const void *panel, const void *groups, int64_t depth, uint16_t *out) {
+    (void)groups;
+    const int8_t *from = panel;
+    for (int64_t i = 0; i < depth * PANEL; i++) out[i] = (uint16_t)(to_bits((float)from[i]) >> 16);
+}
+
+/* One panel of int4 as bf16: level * scale + base. Bytes are [K / 2][2][16]: of each pair of k and each half of the
+   panel's outputs, byte i has elements i and 16 + i of [16 outputs][2 k], the first in its lower half. `groups` is
+   [K / 32][PANEL][2]: scale and base, bf16, of 32 k. */
+WIDE static void unpack_int4(const void *panel, const void *groups, int64_t depth, uint16_t *out) {
+    const uint8_t *from = panel;
+    const uint16_t *pairs = groups;
+    for (int64_t k = 0; k < depth; k += 2) {
+        if (k % 32 == 0 && k) pairs += 2 * PANEL;
+        for (int half = 0; half < 2; half++, from += 16, out += 32)
+            for (int i = 0; i < 16; i++) {
+                const uint16_t *low = pairs + (half * 16 + i / 2) * 2, *high = low + 16;
+                out[i] = to_bf16((float)(from[i] & 15) * from_bf16(low[0]) + from_bf16(low[1]));
+                out[16 + i] = to_bf16((float)(from[i] >> 4) * from_bf16(high[0]) + from_bf16(high[1]));
+            }
+    }
+}
+
+enum { FP32, BF16, INT8, INT4 };
+
+typedef struct {
+    const void *x, *weight, *groups;
+    const float *scales, *bias;
+    void *out;
+    int64_t rows, depth, outputs, panels, step;
+    int kind, high;
+    Tiles tiles;
+} Product;
+
+WIDE static void finish(const Product *job, const float *sums, int64_t row, int64_t rows, int64_t panel) {
+    int64_t first = panel * PANEL, count = least(job->outputs - first, PANEL);
+    const float *scales = job->scales ? job->scales + first : NULL, *bias = job->bias ? job->bias + first : NULL;
+    for (; rows--; row++, sums += PANEL) {
+        float values[PANEL];
+        for (int i = 0; i < PANEL; i++) values[i] = sums[i];
+        if (scales)
+            for (int64_t i = 0; i < count; i++) values[i] *= scales[i];
+        if (bias)
+            for (int64_t i = 0; i < count; i++) values[i] += bias[i];
+        if (job->kind == FP32)
+            memcpy((float *)job->out + row * job->outputs + first, values, (size_t)count * 4);
+        else {
+            uint16_t halves[PANEL];
+            for (int i = 0; i < PANEL; i++) halves[i] = to_bf16(values[i]);
+            memcpy((uint16_t *)job->out + row * job->outputs + first, halves, (size_t)count * 2);
+        }
+    }
+}
+
+/* Some panels for all rows. */
+static void product_panels(const void *argument, int64_t task) {
+    static _Thread_local uint16_t *unpacked = NULL;
+    static _Thread_local int64_t room = 0;
+    static const int64_t eighths[] = {[FP32] = 32, [BF16] = 16, [INT8] = 8, [INT4] = 4};
+    const Product *job = argument;
+    int64_t stop = least((task + 1) * job->step, job->panels), depth = job->depth;
+    if (job->kind > BF16 && room < depth) {
+        free(unpacked);
+        unpacked = aligned_alloc(64, (size_t)depth * PANEL * sizeof *unpacked);
+        if (!unpacked) abort();
+        room = depth;
+    }
+    for (int64_t block = 0; block < job->rows; block += BLOCK) {
+        int64_t end = least(block + BLOCK, job->rows), tiles = (end - block + job->high - 1) / job->high;
+        for (int64_t panel = task * job->step; panel < stop; panel++) {
+            const void *weight = (const char *)job->weight + panel * depth * PANEL * eighths[job->kind] / 8;
+            const char *groups = (const char *)job->groups + panel * (depth / 32) * PANEL * 4;
+            if (job->kind == INT8) unpack_int8(weight, NULL, depth, unpacked);
+            if (job->kind == INT4) unpack_int4(weight, groups, depth, unpacked);
+            if (job->kind > BF16) weight = unpacked;
+            for (int64_t tile = 0, row = block; tile < tiles; tile++) {
+                float sums[TILE * PANEL] __attribute__((aligned(64)));
+                int64_t next = block + (end - block) * (tile + 1) / tiles;
+                const void *x = at(job->x, row * depth, job->kind == FP32);
+                job->tiles(x, depth, weight, depth, sums, (int)(next - row));
+                finish(job, sums, row, next - row, panel);
+                row = next;
+            }
+        }
+    }
+}
+
+/* out[rows][outputs] = x[rows][depth] times the weight's rows, times their scales, plus their bias; either may be NULL.
+   x and out are fp32 for kind FP32, else bf16. depth is even, and for INT4 a multiple of 32. */
+void product(int kind, const void *x, const void *weight, const void *groups, const float *scales, const float *bias,
+             void *out, int64_t rows, int64_t depth, int64_t outputs) {
+    int64_t panels = (outputs + PANEL - 1) / PANEL, threads = pool.wanted + 1;
+    int64_t step = rows * depth * outputs < 65536 ? panels : (panels + threads * 4 - 1) / (threads * 4);
+    Product job = {x, weight, groups, scales, bias, out, rows, depth, outputs, panels, step, kind, 0, NULL};
+    job.tiles = tiles(kind == FP32, &job.high);
+    run(product_panels, &job, (panels + step - 1) / step);
+}
