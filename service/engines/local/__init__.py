@@ -1,5 +1,5 @@
 """Experts on this machine: torch and transformers, all requests of an expert decoded together."""
 
-from service.engines.local.engine import LocalEngine
+from service.engines.local.engine import LocalEngine, Options
 
-__all__ = ["LocalEngine"]
+__all__ = ["LocalEngine", "Options"]

@@ -59,6 +59,8 @@ def shape_of(config: Any) -> Shape:
 class Decoder:
     """A model of the family; its logits are those of transformers' class on the same weights."""
 
+    portable = True
+
     def __init__(self, config: Any, weights: Weights) -> None:
         """Raises EngineError where tensors lack or have another shape than the config says."""
         self.shape, self.vocabulary = shape_of(config), config.vocab_size
@@ -114,6 +116,10 @@ def _layer(config: Any, shape: Shape, number: int, weights: Weights) -> Layer:
     inside, hidden, wide = f"model.layers.{number}", config.hidden_size, config.intermediate_size
     own, kept = shape.heads * shape.width, shape.kv_heads * shape.width
     attention = f"{inside}.self_attn"
+
+    def head_norm(name: str) -> Tensor | None:
+        return weights.tensor(f"{attention}.{name}_norm.weight", shape.width) if config.model_type == "qwen3" else None
+
     return Layer(
         weights.tensor(f"{inside}.input_layernorm.weight", hidden),
         weights.linear([f"{attention}.{name}_proj" for name in "qkv"], [own, kept, kept], hidden),
@@ -121,10 +127,8 @@ def _layer(config: Any, shape: Shape, number: int, weights: Weights) -> Layer:
         weights.tensor(f"{inside}.post_attention_layernorm.weight", hidden),
         weights.linear([f"{inside}.mlp.gate_proj", f"{inside}.mlp.up_proj"], [wide, wide], hidden),
         weights.linear([f"{inside}.mlp.down_proj"], [hidden], wide),
-        *(
-            weights.tensor(f"{attention}.{name}_norm.weight", shape.width) if config.model_type == "qwen3" else None
-            for name in "qk"
-        ),
+        head_norm("q"),
+        head_norm("k"),
         _window(config, number),
     )
 

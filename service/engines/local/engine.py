@@ -6,60 +6,86 @@ import asyncio
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from service.engines.base import (
     About,
+    BusyError,
     EngineError,
     Job,
     Load,
     NotReadyError,
     Piece,
     Prompt,
+    PromptError,
     Sampling,
+    Scored,
     Status,
     Tokens,
+    UnsupportedError,
     Usage,
     fit,
 )
-from service.engines.local.expert import Expert, best_dtype, load
-from service.engines.local.lane import Delivery, Request
+from service.engines.local.expert import Expert, Loading, best_dtype, config_of, load, shape_of
+from service.engines.local.linear import Kind
+from service.engines.local.memory import Memory
+from service.engines.local.request import Prompted, Request, Token
+from service.engines.local.sampler import Pick, Row
 from service.engines.local.text import Detokenizer, encode
-from service.engines.local.worker import Traffic, Worker
+from service.engines.local.worker import Delivery, Worker
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 10.0
 """Seconds that `aclose` waits for a step or a load that cannot be interrupted."""
+SHARE = 0.25
+"""Of the free memory, for keys and values, unless it is said."""
+MOST_SHARE = 8 << 30
+PAGES_A_CHUNK = 8
+LOADERS = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the engine runs.
+
+    most: requests of an expert that run at a time; queue: those that wait at most. chunk: tokens of prompts in a round.
+    kv_bytes: of key-value memory, for all experts together; None is a share of what is free. dtype: bf16 where the
+    machine computes in it, else fp32. kind: of the linear layers, None as they are. threads: `default_threads`.
+    """
+
+    most: int = 64
+    queue: int = 256
+    chunk: int = 256
+    kv_bytes: int | None = None
+    dtype: torch.dtype | None = None
+    kind: Kind | None = None
+    threads: int | None = None
+    device: str | None = None
 
 
 class LocalEngine:
-    """The experts in `folders`, in that order, up to `max_batch` requests of an expert at a time, the rest in a queue.
+    """The experts in `folders`, in that order. Belongs to the event loop that `start` runs in."""
 
-    Belongs to the event loop that `start` runs in. dtype: bf16 where the machine computes in it, else fp32; threads:
-    `default_threads`.
-    """
-
-    def __init__(
-        self,
-        folders: Mapping[str, Path],
-        *,
-        max_batch: int = 16,
-        dtype: torch.dtype | None = None,
-        threads: int | None = None,
-    ) -> None:
-        self._folders = dict(folders)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._dtype = dtype or best_dtype(self._device)
+    def __init__(self, folders: Mapping[str, Path], options: Options = Options()) -> None:
+        self._folders, self._options = dict(folders), options
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._how = Loading(options.dtype or best_dtype(device), device, options.kind)
         self._status = dict.fromkeys(folders, Status("loading"))
         self._experts: dict[str, Expert] = {}
         self._open: set[Request] = set()
+        self._waiting = dict.fromkeys(folders, 0)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._worker = Worker(self._deliver, max_batch, threads or default_threads())
+        threads = options.threads or default_threads()
+        self._worker = Worker(self._deliver, most=options.most, chunk=options.chunk, threads=threads)
         self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
 
     def status(self) -> dict[str, Status]:
@@ -67,52 +93,69 @@ class LocalEngine:
             return dict.fromkeys(self._folders, Status("failed", self._worker.failure))
         return dict(self._status)
 
-    def traffic(self, expert: str) -> Traffic:
-        """How many of an expert's requests run and wait."""
-        return self._worker.traffic(expert)
-
     def load(self) -> dict[str, Load]:
-        return {name: Load(*self._worker.traffic(name)) for name in self._folders}
+        loads = self._worker.loads()
+        running = Counter(request.job.expert for request in self._open)
+        return {
+            name: replace(loads.get(name, Load()), running=running[name] - waiting, waiting=waiting)
+            for name, waiting in self._waiting.items()
+        }
 
     def about(self, expert: str) -> About:
-        return About(self._expert(expert).window)
+        loaded = self._expert(expert)
+        return About(loaded.window, loaded.facts)
 
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
-        expert = next(iter(experts))
-        loaded = self._expert(expert)
-        tokens = prompt.ids if isinstance(prompt, Tokens) else encode(loaded, prompt)
-        return Job(experts, tokens, fit(expert, len(tokens), loaded.window, sampling), prompt)
-
-    def decode(self, expert: str, ids: Sequence[int]) -> str:
-        text: str = self._expert(expert).tokenizer.decode(list(ids))
-        return text
+        loaded = [self._expert(name) for name in experts]
+        first = loaded[0]
+        if len({expert.alphabet.digest for expert in loaded}) > 1:
+            raise UnsupportedError(f"{', '.join(experts)} have different vocabularies: they cannot be mixed", "k")
+        tokens = prompt.ids if isinstance(prompt, Tokens) else encode(first, prompt)
+        if isinstance(prompt, Tokens) and not all(0 <= id_ < first.model.vocabulary for id_ in tokens):
+            raise PromptError(f"a token of the prompt is not one of {first.name}'s {first.model.vocabulary}")
+        if not tokens:
+            raise PromptError("the prompt has no tokens")
+        window = min(expert.window for expert in loaded)
+        sampling = fit(first.name, len(tokens), window, sampling)
+        total = len(tokens) + (sampling.max_tokens or 0)
+        if not self._worker.fits(experts, total):
+            raise PromptError(f"{total} tokens are more than the key-value memory holds: ask for fewer")
+        if self._waiting[first.name] >= self._options.queue:
+            raise BusyError(f"{self._waiting[first.name]} requests wait for {first.name}: come again later")
+        return Job(experts, tuple(tokens), sampling, prompt)
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         """Starts at the first piece asked for. The token that ends an answer counts, though it is no text."""
-        if not job.sampling.max_tokens:
+        expert, sampling = self._expert(job.expert), job.sampling
+        if not sampling.max_tokens and sampling.prompt_logprobs is None:
             yield Piece("", 0, "length", usage=Usage(len(job.tokens)))
             return
-        text = Detokenizer(self._expert(job.expert).tokenizer)
-        request = Request(job)
+        request = await self._request(job, expert)
         self._worker.submit(request)
         self._open.add(request)
+        self._waiting[job.expert] += 1
+        waits = True
+        answer = _Answer(job, expert)
         try:
-            count = 0
             while True:
-                token = await request.inbox.get()
-                if isinstance(token, EngineError):
-                    raise token
-                count += 1
-                piece = "" if token.finish == "stop" else text.add(token.id)
-                if token.finish:
-                    yield Piece(piece + text.rest(), count, token.finish, usage=Usage(len(job.tokens)))
-                    return
-                if piece:
-                    yield Piece(piece, count)
-                    count = 0
+                news = await request.inbox.get()
+                if waits:
+                    self._waiting[job.expert] -= 1
+                    waits = False
+                if isinstance(news, EngineError):
+                    raise news
+                if piece := answer.add(news):
+                    yield piece
+                    if piece.finish:
+                        return
         finally:
+            self._waiting[job.expert] -= waits
             self._open.discard(request)
             self._worker.cancel(request)
+
+    def decode(self, expert: str, ids: Sequence[int]) -> str:
+        text: str = self._expert(expert).tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return text
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -129,6 +172,12 @@ class LocalEngine:
             await asyncio.to_thread(self._loader.join, PATIENCE)
         self._experts.clear()
 
+    async def _request(self, job: Job, expert: Expert) -> Request:
+        guide, matcher = job.sampling.guide, None
+        if guide is not None:
+            matcher = await asyncio.to_thread(expert.guides.matcher, guide)
+        return Request(job, Row(job.sampling, job.tokens, expert.eos, expert.model.vocabulary, matcher))
+
     def _expert(self, name: str) -> Expert:
         status = self.status()[name]
         if status.state == "loading":
@@ -138,20 +187,42 @@ class LocalEngine:
         return self._experts[name]
 
     def _load(self) -> None:
-        """In the loader's thread: one expert after another; one that fails leaves the others serving."""
+        """In the loader's thread: experts side by side; one that fails leaves the others serving."""
+        memory = self._memory()
+        with ThreadPoolExecutor(LOADERS, "loader") as pool:
+            for name, folder in self._folders.items():
+                if self._status[name].state == "loading":
+                    pool.submit(self._load_one, name, folder, memory)
+
+    def _load_one(self, name: str, folder: Path, memory: Memory) -> None:
+        if self._worker.failure:
+            return
+        try:
+            expert = load(name, folder, self._how, lambda share: self._tell(name, share))
+            self._worker.add(expert, memory)
+        except Exception as exc:  # transformers raises whatever it meets in the folder
+            log.exception("%s failed to load", name)
+            self._status[name] = _failed(folder, exc)
+        else:
+            self._experts[name] = expert
+            self._status[name] = Status("ready")
+
+    def _memory(self) -> Memory:
+        """For pages of every expert whose config can be read; the others have failed by now."""
+        pages = [1]
         for name, folder in self._folders.items():
-            if self._worker.failure:
-                return
             try:
-                expert = load(name, folder, self._dtype, self._device)
-                self._worker.add(expert)
-            except Exception as exc:  # transformers raises whatever it meets in the folder
+                pages.append(shape_of(config_of(folder)).page)
+            except Exception as exc:
                 log.exception("%s failed to load", name)
-                reason = str(exc) if isinstance(exc, EngineError) else f"{folder} does not load: {exc!r}"
-                self._status[name] = Status("failed", reason)
-            else:
-                self._experts[name] = expert
-                self._status[name] = Status("ready")
+                self._status[name] = _failed(folder, exc)
+        chunk = PAGES_A_CHUNK * max(pages)
+        size = self._options.kv_bytes or _share(self._how.device)
+        chunks = max(size // (chunk * self._how.dtype.itemsize), 1)
+        return Memory(chunks, chunk, self._how.dtype, self._how.device)
+
+    def _tell(self, name: str, share: float) -> None:
+        self._status[name] = Status("loading", f"{round(100 * share)} % of the weights")
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         """In the device thread: hand a step's tokens over to the loop."""
@@ -160,12 +231,58 @@ class LocalEngine:
                 self._loop.call_soon_threadsafe(_put, deliveries)
 
 
+class _Answer:
+    """Makes pieces of the news about one request."""
+
+    def __init__(self, job: Job, expert: Expert) -> None:
+        self._job, self._raw = job, expert.alphabet.raw
+        self._text = Detokenizer(expert.tokenizer)
+        self._count = 0
+        self._scored: tuple[Scored, ...] = ()
+        self._prompt: tuple[Scored, ...] = ()
+        if job.sampling.prompt_logprobs is not None:
+            self._prompt = (Scored(job.tokens[0], self._raw(job.tokens[0]), None),)
+
+    def add(self, news: Token | Prompted) -> Piece | None:
+        """The next piece, if there is text or an end to tell."""
+        if isinstance(news, Prompted):
+            self._prompt += tuple(self._score(pick) for pick in news.scores)
+            return None
+        text = ""
+        if news.pick is not None:
+            self._count += 1
+            if self._job.sampling.logprobs is not None and news.finish != "stop":
+                self._scored += (self._score(news.pick),)
+            text = "" if news.finish == "stop" else self._text.add(news.pick.id)
+        if news.finish is None and not text:
+            return None
+        piece = Piece(text, self._count, scored=self._scored, prompt=self._prompt)
+        self._count, self._scored, self._prompt = 0, (), ()
+        if news.finish is None:
+            return piece
+        usage = Usage(len(self._job.tokens), news.cached)
+        return replace(piece, text=text + self._text.rest(), finish=news.finish, usage=usage)
+
+    def _score(self, pick: Pick) -> Scored:
+        top = tuple(Scored(id_, self._raw(id_), logprob) for id_, logprob in pick.top)
+        return Scored(pick.id, self._raw(pick.id), pick.logprob, top)
+
+
 def default_threads() -> int:
     """OMP_NUM_THREADS, which a container sets to its share of the node; else all cores but the event loop's."""
     stated = os.environ.get("OMP_NUM_THREADS", "")
     return int(stated) if stated.isdecimal() and int(stated) else max(1, len(os.sched_getaffinity(0)) - 1)
 
 
+def _share(device: torch.device) -> int:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return min(int(SHARE * free), MOST_SHARE) if device.type == "cpu" else int(SHARE * free)
+
+
+def _failed(folder: Path, exc: Exception) -> Status:
+    return Status("failed", str(exc) if isinstance(exc, EngineError) else f"{folder} does not load: {exc!r}")
+
+
 def _put(deliveries: list[Delivery]) -> None:
-    for request, token in deliveries:
-        request.inbox.put_nowait(token)
+    for request, news in deliveries:
+        request.inbox.put_nowait(news)

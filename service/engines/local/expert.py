@@ -2,50 +2,118 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 import composed  # noqa: F401 - transformers then loads such checkpoints without running code of theirs
 from service.engines.base import EngineError
+from service.engines.local import decoder, hosted
+from service.engines.local.decoder import Decoder
+from service.engines.local.forward import Model, Segment
+from service.engines.local.guides import Guides
+from service.engines.local.hosted import ATTENTION, Hosted
+from service.engines.local.linear import Kind
+from service.engines.local.ops import Shape
+from service.engines.local.text import Alphabet
+from service.engines.local.weights import Shared, Weights, has_safetensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expert:
-    """A model in memory, its tokenizer, how many tokens it can hold and which of them end an answer."""
+    """A model in memory, its tokenizer, how many tokens it can hold and which of them end an answer.
+
+    alphabet: its tokens as bytes. guides: for answers of a given form. facts: what /v1/models tells.
+    """
 
     name: str
-    model: Any
+    model: Model
     tokenizer: Any
     window: int
     eos: frozenset[int]
+    alphabet: Alphabet
+    guides: Guides
+    facts: dict[str, object] = field(default_factory=dict)
 
 
-def load(name: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Expert:
+@dataclass(frozen=True)
+class Loading:
+    """How experts are loaded. kind: of the linear layers, None as they are; shared: what experts have in common."""
+
+    dtype: torch.dtype
+    device: torch.device
+    kind: Kind | None = None
+    shared: Shared[Any] = field(default_factory=Shared)
+
+
+def load(name: str, folder: Path, how: Loading, progress: Callable[[float], None] = lambda share: None) -> Expert:
     """Load the expert in `folder`. Raises EngineError, or what transformers raises, where it is not whole."""
+    disable_progress_bar()  # a log is no terminal
+    config = config_of(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if decoder.is_ours(config) and has_safetensors(folder):
+        with Weights(folder, how.dtype, how.device, how.kind, how.shared, progress) as weights:
+            model: Model = Decoder(config, weights)
+    else:
+        model = _hosted(folder, how)
+    _try(model, how)
+    facts = {"dtype": how.kind or str(how.dtype).removeprefix("torch."), "architecture": config.model_type}
+    window, eos = window_of(config, folder), _eos(config, folder, tokenizer)
+    guides = Guides(tokenizer, model.vocabulary, sorted(eos))
+    return Expert(name, model, tokenizer, window, eos, Alphabet(tokenizer), guides, facts)
+
+
+def config_of(folder: Path) -> Any:
+    """The model's config. Raises EngineError where there is none."""
     if not (folder / "config.json").is_file():
         raise EngineError(f"no config.json in {folder}: is the bundle complete?")
-    disable_progress_bar()  # a log is no terminal
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
-    # transformers fills such tensors with random numbers and only warns.
-    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        raise EngineError(f"{len(lost)} tensors are missing in {folder} or have another shape, first {lost[0]}")
-    window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def shape_of(config: Any) -> Shape:
+    """What a token of such a model leaves in the key-value memory."""
+    return decoder.shape_of(config) if decoder.is_ours(config) else hosted.shape_of(config)
+
+
+def window_of(config: Any, folder: Path) -> int:
+    """How many tokens a model with this config can hold. Raises EngineError where it does not say so."""
+    window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if window is None:
         raise EngineError(f"no max_position_embeddings in {folder / 'config.json'}: the window is unknown")
-    return Expert(name, model.eval().to(device), tokenizer, window, _eos(model, tokenizer))
+    return int(window)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the device computes in it natively, else fp32."""
     return torch.bfloat16 if device.type == "cuda" or _native_bf16() else torch.float32
+
+
+def _hosted(folder: Path, how: Loading) -> Hosted:
+    if how.kind is not None:
+        raise EngineError(f"{folder} is not of the Llama family: it cannot be served in {how.kind}; leave that out")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=how.dtype, local_files_only=True, output_loading_info=True, attn_implementation=ATTENTION
+    )
+    # transformers fills such tensors with random numbers and only warns.
+    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        raise EngineError(f"{len(lost)} tensors are missing in {folder} or have another shape, first {lost[0]}")
+    if not hosted.is_hosted(type(model)):
+        raise EngineError(
+            f"{folder} is a {type(model).__name__}, whose attention cannot be exchanged: serve it elsewhere, "
+            "with --expert NAME=URL"
+        )
+    return Hosted(model.eval().to(how.device))
+
+
+def _try(model: Model, how: Loading) -> None:
+    """One token, in a memory of its own: what does not fit together fails here and not in an answer."""
+    memory = torch.zeros(model.shape.page, dtype=how.dtype, device=how.device)
+    model.forward([Segment([0], 0, [0], route=model.route([0]))], memory)
 
 
 def _native_bf16() -> bool:
@@ -56,8 +124,10 @@ def _native_bf16() -> bool:
     return "avx512_bf16" in processor or "amx_bf16" in processor
 
 
-def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
-    stated = model.generation_config.eos_token_id
+def _eos(config: Any, folder: Path, tokenizer: Any) -> frozenset[int]:
+    stated = config.eos_token_id
+    if (folder / "generation_config.json").exists():
+        stated = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
     ids = stated if isinstance(stated, list) else [stated]
     # Chat models often name the end of a turn in the tokenizer alone.
     return frozenset(id_ for id_ in [*ids, tokenizer.eos_token_id] if id_ is not None)

@@ -125,6 +125,11 @@ class Model(Protocol):
         """V of the logits."""
         ...
 
+    @property
+    def portable(self) -> bool:
+        """Whether keys and values depend on nothing but the tokens up to theirs, so that others may use them."""
+        ...
+
     def forward(self, segments: Sequence[Segment], memory: Tensor) -> Tensor:
         """The logits [R, V] of the segments' wanted rows, in order; keys and values are written to their pages."""
         ...

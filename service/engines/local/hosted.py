@@ -34,6 +34,11 @@ class Hosted:
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0]) if _has_head(model) else config.vocab_size
         self._model = model
         self._composed = isinstance(config, ComposedConfig)
+        routed = self._composed and config.routing == "sample"
+        rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+        # Its angles go by the longest sequence of a step.
+        self._alone = rope.get("rope_type") == "longrope"
+        self.portable = not routed and not self._alone
         self._cache_name = _cache_name(model)
 
     def route(self, tokens: Sequence[int]) -> Tensor | None:
@@ -47,6 +52,8 @@ class Hosted:
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment], memory: Tensor) -> Tensor:
         """The logits [R, V] of the segments' wanted rows, in order."""
+        if self._alone:
+            return torch.cat([self._run([segment], memory) for segment in segments])
         if all(segment.route is None for segment in segments):
             return self._run(segments, memory)
         # Only what takes the same way can be one row.
@@ -56,7 +63,7 @@ class Hosted:
         for _, same in groupby(order, key=lambda i: ways[i]):
             own = sorted(same)
             logits_RV = self._run([segments[i] for i in own], memory)
-            found |= zip(own, logits_RV.split([segments[i].rows for i in own]), strict=True)
+            found |= zip(own, torch.split(logits_RV, [segments[i].rows for i in own]), strict=True)
         return torch.cat([found[i] for i in range(len(segments))])
 
     def _run(self, segments: Sequence[Segment], memory: Tensor) -> Tensor:
@@ -122,6 +129,7 @@ class _Pages(Cache):  # type: ignore[misc]  # transformers is untyped here
             spans = [(segment, slice(i, i + 1)) for i, segment in enumerate(step.segments[:singles])] + spans
         elif singles:
             q_BX = q_THD[:singles].reshape(singles, -1)
+            q_BX = torch.nn.functional.pad(q_BX, (0, 2 * self.shape.kv_heads * self.shape.width))  # where k, v would be
             tables_BP, lengths_B = step.tables_BP, step.lengths_B
             out_BX = ops.attend(q_BX, self.memory, tables_BP, lengths_B, self.layer, self.shape, scale, window)
             found.append(out_BX.view(singles, *q_THD.shape[1:]))
@@ -136,7 +144,7 @@ class _Pages(Cache):  # type: ignore[misc]  # transformers is untyped here
         return torch.cat(found)
 
 
-class _ComposedPages(ComposedCache):  # type: ignore[misc]
+class _ComposedPages(ComposedCache):
     """The same for a composed model, which wants a cache that knows its routes."""
 
     def __init__(self, config: ComposedConfig, pages: _Pages, route: Tensor | None) -> None:
@@ -156,7 +164,7 @@ _CACHE: ContextVar[Any] = ContextVar("cache")
 
 
 class _running:
-    """The cache that attention finds while the modules run; None: every row is a whole text, of which nothing is kept."""
+    """The cache that attention finds while the modules run; None: a row is a whole text, of which nothing is kept."""
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache.pages if isinstance(cache, _ComposedPages) else cache

@@ -1,136 +1,79 @@
-"""One expert's requests: who waits, who runs, and one step of theirs. Knows no threads."""
+"""One expert's requests: who waits, who runs, and which of their tokens come next. Knows no threads."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from service.engines.base import EngineError, Finish, Job
-from service.engines.local.batch import Batch, batchable
 from service.engines.local.expert import Expert
-from service.engines.local.sampling import Sampler
-
-log = logging.getLogger(__name__)
+from service.engines.local.memory import Memory, Shelf
+from service.engines.local.request import Context, Request
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
-    """One token of an answer; with a finish it is the last, and with "stop" it is no text."""
+class Part:
+    """What one step does for a context: `count` tokens from `start` on, and the logits of the last `rows` of them."""
 
-    id: int
-    finish: Finish | None
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """A job and the way back to its reader: tokens up to one with a finish, or an error."""
-
-    job: Job
-    inbox: asyncio.Queue[Token | EngineError] = field(default_factory=asyncio.Queue)
-    cancelled: bool = False
-
-
-Delivery = tuple[Request, Token | EngineError]
-
-
-@dataclass(eq=False, slots=True)
-class _Row:
     request: Request
-    sampler: Sampler = field(init=False)
-    count: int = 0
-    last: int = -1
-    done: bool = False
+    context: Context
+    start: int
+    count: int
+    rows: int
 
 
+@dataclass(eq=False)
 class Lane:
-    """Its rows are those of the batch, in order. What fails ends with an EngineError and leaves the lane working."""
+    """An expert with its pages and its requests, the longest waiting first."""
 
-    def __init__(self, expert: Expert, max_batch: int) -> None:
-        self.waiting: deque[Request] = deque()
-        self._rows: list[_Row] = []
-        self._expert = expert
-        self._batch = Batch(expert.model)
-        self._limit = max_batch if batchable(expert.model) else 1
+    expert: Expert
+    memory: Memory
+    shelf: Shelf = field(init=False)
+    waiting: deque[Request] = field(default_factory=deque)
+    running: list[tuple[Request, Context]] = field(default_factory=list)
+    queries: int = 0
+    hits: int = 0
+    preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.shelf = self.memory.shelf(self.expert.model.shape.page)
 
     @property
-    def running(self) -> list[Request]:
-        """The requests of the rows."""
-        return [row.request for row in self._rows]
+    def busy(self) -> bool:
+        """Whether any of its requests has tokens that it could compute."""
+        return any(context.pending for _, context in self.running)
 
-    @property
-    def full(self) -> bool:
-        """Whether nobody can be admitted."""
-        return len(self._rows) >= self._limit
+    def parts(self, budget: int) -> list[Part]:
+        """The next step: one token of each that writes its answer, and of prompts up to `budget`, the oldest first."""
+        ready = [(request, context) for request, context in self.running if context.pending]
+        singles = [_part(request, context, 1) for request, context in ready if context.pending == 1]
+        longer = []
+        for request, context in ready:
+            if context.pending > 1 and budget > 0:
+                longer.append(_part(request, context, min(context.pending, budget)))
+                budget -= longer[-1].count
+        return sorted([*singles, *longer], key=lambda part: part.count > 1)
 
-    def admit(self, request: Request) -> list[Delivery]:
-        """Read a prompt alone and pick its first token; if that fails, it fails alone."""
-        row = _Row(request)
-        self._rows.append(row)  # first of all: should the thread die from here on, its reader is told
-        try:
-            row.sampler = Sampler(request.job.sampling, self._expert.model.device)
-            logits_V, cache = self._batch.read(request.job.tokens)
-        except Exception as exc:
-            self._rows.pop()
-            return [(request, self._error(exc))]
-        first = self._pick(row, logits_V)
-        if row.done:
-            self._rows.pop()
-            return [first]
-        try:
-            self._batch.join(cache, len(request.job.tokens))
-        except Exception as exc:
-            return [first, *self._abandon(exc)]
-        return [first]
+    def run(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
+        """Compute them; each with the logits [rows, V] that it wanted."""
+        segments = [part.context.segment(part.count, part.rows) for part in parts]
+        logits_RV = self.expert.model.forward(segments, self.memory.data)
+        first = 0
+        for part in parts:
+            part.context.advance(part.count, learn=self.expert.model.portable)
+            yield part, logits_RV[first : first + part.rows]
+            first += part.rows
 
-    def step(self) -> list[Delivery]:
-        """The next token of every row that is still wanted."""
-        try:
-            self._leave(row for row in self._rows if row.request.cancelled)
-            if not self._rows:
-                return []
-            logits_BV = self._batch.step([row.last for row in self._rows])
-            picks = [self._pick(row, logits_V) for row, logits_V in zip(self._rows, logits_BV, strict=True)]
-        except Exception as exc:
-            return self._abandon(exc)
-        try:
-            self._leave(row for row in self._rows if row.done)
-        except Exception as exc:
-            return [*picks, *self._abandon(exc)]
-        return picks
+    def forget(self, request: Request) -> None:
+        """Run a request no more."""
+        self.running = [each for each in self.running if each[0] is not request]
 
-    def _pick(self, row: _Row, logits_V: Tensor) -> Delivery:
-        try:
-            row.last = row.sampler.pick(logits_V)
-        except Exception as exc:
-            row.done = True
-            return row.request, self._error(exc)
-        row.count += 1
-        finish: Finish | None = None
-        if row.last in self._expert.eos:
-            finish = "stop"
-        elif row.count >= (row.request.job.sampling.max_tokens or 0):
-            finish = "length"
-        row.done = finish is not None
-        return row.request, Token(row.last, finish)
 
-    def _leave(self, rows: Iterable[_Row]) -> None:
-        gone = set(rows)
-        stay = [place for place, row in enumerate(self._rows) if row not in gone]
-        self._batch.keep(stay)
-        self._rows = [self._rows[place] for place in stay]
-
-    def _abandon(self, exc: Exception) -> list[Delivery]:
-        """End every row: nobody knows what the cache holds after a step that failed."""
-        ended: list[Delivery] = [(row.request, self._error(exc)) for row in self._rows if not row.done]
-        self._rows = []
-        self._batch.clear()
-        return ended
-
-    def _error(self, exc: Exception) -> EngineError:
-        log.error("%s failed", self._expert.name, exc_info=exc)
-        return EngineError(f"{self._expert.name} failed: {exc}")
+def _part(request: Request, context: Context, count: int) -> Part:
+    scored = request.job.sampling.prompt_logprobs is not None and not request.count
+    last = count == context.pending
+    return Part(
+        request, context, context.computed, count, count if scored and context is request.contexts[0] else int(last)
+    )

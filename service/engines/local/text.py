@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+import json
+import re
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from service.engines.base import Message, PromptError
-from service.engines.local.expert import Expert
 
+if TYPE_CHECKING:
+    from service.engines.local.expert import Expert
+
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 HALF = "\ufffd"
 """What decoders write for bytes that are no whole character, or not yet."""
 
@@ -34,6 +41,35 @@ def encode(expert: Expert, prompt: str | tuple[Message, ...]) -> tuple[int, ...]
         if first is not None:
             return (first,)
     raise PromptError(f"the prompt is empty, and {expert.name} has no token to begin with")
+
+
+class Alphabet:
+    """The bytes of single tokens, as log-probabilities are told with."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
+        decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+        kinds = {each["type"] for each in decoder.get("decoders", [decoder]) if each}
+        self._bytes = {char: byte for byte, char in enumerate(_byte_characters())} if "ByteLevel" in kinds else None
+
+    def raw(self, id_: int) -> bytes:
+        """What a token stands for; a special one for its name, one that is none for nothing."""
+        token = self._tokenizer.convert_ids_to_tokens(id_)
+        if token is None:
+            return b""
+        if id_ in self._special:
+            return str(token).encode()
+        if self._bytes is not None and all(char in self._bytes for char in token):
+            return bytes(self._bytes[char] for char in token)
+        if byte := BYTE.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        return str(token).replace("\u2581", " ").encode()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all tokens and their numbers: experts with the same can be mixed."""
+        return hashlib.sha256(json.dumps(sorted(self._tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 class Detokenizer:
@@ -70,6 +106,13 @@ class Detokenizer:
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+
+def _byte_characters() -> list[str]:
+    """The characters that stand for the bytes 0 to 255 in byte-level vocabularies: printable ones for themselves."""
+    plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
 
 
 def _chat(expert: Expert, messages: tuple[Message, ...]) -> str:

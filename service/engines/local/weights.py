@@ -53,11 +53,18 @@ class Weights:
     """The tensors of a folder's safetensors files. To be closed."""
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, device: torch.device, kind: Kind | None, shared: Shared[Any]
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        kind: Kind | None,
+        shared: Shared[Any],
+        progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        """Raises EngineError where a file lacks or is broken."""
+        """progress: told the share of the bytes that was taken. Raises EngineError where a file lacks or is broken."""
         self.folder = folder
         self._dtype, self._device, self._kind, self._shared = dtype, device, kind, shared
+        self._progress, self._taken, self._total = progress, 0, 0
         self._files = ExitStack()
         self._where = {name: file for file in self._open() for name in file.keys()}  # noqa: SIM118 - it is no dict
 
@@ -74,10 +81,8 @@ class Weights:
     def tensor(self, name: str, *shape: int) -> Tensor:
         """A tensor of this shape, in the engine's dtype, on its device. Raises EngineError."""
         stored = self._stored(name, shape)
-        if stored.dtype == self._dtype and self._device.type == "cpu":
-            return self._shared.get(None, [stored], lambda: _Held(stored)).tensor
-        made = self._shared.get(None, [stored], lambda: _Held(stored.to(self._device, self._dtype)))
-        return made.tensor
+        made: Tensor = self._shared.get(None, [stored], lambda: stored.to(self._device, self._dtype))
+        return made
 
     def linear(self, names: Sequence[str], rows: Sequence[int], columns: int) -> Linear:
         """A layer of weights [rows, columns], stacked; with their biases, if they have any. Raises EngineError."""
@@ -93,7 +98,8 @@ class Weights:
         def make() -> Linear:
             return Linear.of(self._stack(parts), self._stack(biases) if biases else None, kind=self._kind)
 
-        return self._shared.get((self._kind, self._dtype), [*parts, *biases], make)
+        made: Linear = self._shared.get((self._kind, self._dtype), [*parts, *biases], make)
+        return made
 
     def _stack(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([part.to(self._device, self._dtype) for part in parts])
@@ -107,6 +113,8 @@ class Weights:
             raise EngineError(f"{name} in {self.folder} cannot be read: {exc}") from exc
         if tuple(stored.shape) != tuple(shape):
             raise EngineError(f"{name} in {self.folder} is {list(stored.shape)}, its config says {list(shape)}")
+        self._taken += stored.nbytes
+        self._progress(min(self._taken / self._total, 1.0))
         return stored
 
     def _open(self) -> Iterator[Any]:
@@ -116,6 +124,7 @@ class Weights:
             names = sorted(set(index["weight_map"].values()))
         for name in names:
             try:
+                self._total += (self.folder / name).stat().st_size
                 yield self._files.enter_context(safe_open(self.folder / name, framework="pt"))
             except (OSError, SafetensorError) as exc:
                 raise EngineError(f"{self.folder / name} cannot be read: {exc}") from exc
@@ -124,13 +133,6 @@ class Weights:
 def has_safetensors(folder: Path) -> bool:
     """Whether the weights of the folder are such files."""
     return (folder / SINGLE).exists() or (folder / INDEX).exists()
-
-
-class _Held:
-    """A tensor that a weak reference can point to."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
 
 
 def _sample(tensor: Tensor) -> tuple[object, ...]:

@@ -1,75 +1,85 @@
-"""The one thread that computes. Experts take turns; in a turn one prompt is read, then all its rows step."""
+"""The one thread that computes. Experts take turns; in a turn one step of all its requests is run.
+
+A step gives every request that writes one token more, and reads a bounded number of the tokens of prompts, so a long
+prompt holds nobody up. A request that needs a page where none is left takes those of the request that came last, which
+is computed again later: it goes on with the same numbers, and so the same text.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 
 import torch
+from torch import Tensor
 
-from service.engines.base import EngineError
+from service.engines.base import EngineError, Load
+from service.engines.local import ops
 from service.engines.local.expert import Expert
-from service.engines.local.lane import Delivery, Lane, Request
+from service.engines.local.lane import Lane, Part
+from service.engines.local.memory import Memory
+from service.engines.local.request import Context, News, Prompted, Request, Token
+from service.engines.local.sampler import blend, pick, prompt_scores
 
 log = logging.getLogger(__name__)
 
-
-class Traffic(NamedTuple):
-    """How many requests of an expert run and wait."""
-
-    running: int
-    waiting: int
+Delivery = tuple[Request, News]
 
 
 class Worker:
     """Runs requests on a thread of its own; its methods may be called from any thread and never wait for a model.
 
     `deliver` is called on that thread with what a step brought. Every request that is not cancelled gets a finish or
-    an error, whatever happens. `failure` says why nothing runs any more.
+    an error, whatever happens. `failure` says why nothing runs any more. most: requests of an expert at a time; chunk:
+    tokens of prompts in a round of all experts.
     """
 
-    def __init__(self, deliver: Callable[[list[Delivery]], None], max_batch: int, threads: int) -> None:
+    def __init__(self, deliver: Callable[[list[Delivery]], None], *, most: int, chunk: int, threads: int) -> None:
         self.failure = ""
         self._deliver = deliver
-        self._max_batch = max_batch
-        self._threads = threads
+        self._most, self._chunk, self._threads = most, chunk, threads
         self._lanes: dict[str, Lane] = {}
-        self._change = threading.Condition()  # guards `failure`, the lanes and who waits in them
+        self._arrived: deque[Request] = deque()
+        self._loads: dict[str, Load] = {}
+        self._arrivals = count()
+        self._change = threading.Condition()  # guards `failure`, the lanes' dict and who has arrived
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
     def start(self) -> None:
         """Begin; experts and requests may come at any time."""
         self._thread.start()
 
-    def add(self, expert: Expert) -> None:
+    def add(self, expert: Expert, memory: Memory) -> None:
         """Take an expert in."""
-        lane = Lane(expert, self._max_batch)
         with self._change:
-            self._lanes[expert.name] = lane
+            self._lanes[expert.name] = Lane(expert, memory)
+
+    def fits(self, experts: Iterable[str], tokens: int) -> bool:
+        """Whether the memory could hold so many tokens in all of these experts, if nobody else were there."""
+        shelves = [self._lanes[expert].shelf for expert in experts]
+        return sum(shelf.chunks_for(tokens) for shelf in shelves) <= shelves[0].memory.chunks
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises EngineError when nothing runs any more."""
         with self._change:
             if self.failure:
                 raise EngineError(self.failure)
-            self._lanes[request.job.expert].waiting.append(request)
+            request.arrival = next(self._arrivals)
+            self._arrived.append(request)
             self._change.notify()
 
     def cancel(self, request: Request) -> None:
-        """Forget a request: at once when it waits, after this step when it runs."""
+        """Forget a request, after the step that runs."""
         request.cancelled = True
         with self._change:
-            lane = self._lanes.get(request.job.expert)
-            if lane and request in lane.waiting:
-                lane.waiting.remove(request)
+            self._change.notify()
 
-    def traffic(self, expert: str) -> Traffic:
-        """An expert's requests; none while it isn't there."""
-        with self._change:
-            lane = self._lanes.get(expert)
-            return Traffic(len(lane.running), len(lane.waiting)) if lane else Traffic(0, 0)
+    def loads(self) -> dict[str, Load]:
+        """Every expert's load, as of the last step."""
+        return dict(self._loads)
 
     def stop(self) -> None:
         """End all requests, after this step."""
@@ -85,31 +95,191 @@ class Worker:
     def _run(self) -> None:
         try:
             torch.set_num_threads(self._threads)
-            while lanes := self._busy():
-                for lane in lanes:
-                    self._turn(lane)
+            ops.set_threads(self._threads)
+            while self._wait():
+                self._round(list(self._lanes.values()))
         except BaseException as exc:  # whatever it was, no reader may wait for ever
             log.exception("the device thread died")
             with self._change:
                 self.failure = f"the device thread died: {exc!r}"
         finally:
             with self._change:
-                left = [request for lane in self._lanes.values() for request in (*lane.running, *lane.waiting)]
+                left = {id(request): request for lane in self._lanes.values() for request in _of(lane)}
+                left |= {id(request): request for request in self._arrived}
                 self._lanes.clear()
-            self._deliver([(request, EngineError(self.failure)) for request in left])
+            self._deliver([(request, EngineError(self.failure)) for request in left.values()])
 
-    def _busy(self) -> list[Lane]:
-        """The lanes with something to do; waits until there is one. An empty list: stop."""
+    def _wait(self) -> bool:
+        """Take in who has arrived; waits until there is something to do. False: stop."""
         with self._change:
             while not self.failure:
-                if lanes := [lane for lane in self._lanes.values() if lane.running or lane.waiting]:
-                    return lanes
+                while self._arrived:
+                    request = self._arrived.popleft()
+                    self._lanes[request.job.expert].waiting.append(request)
+                if any(lane.waiting or lane.running for lane in self._lanes.values()):
+                    return True
+                self._loads = {name: _load(lane) for name, lane in self._lanes.items()}
                 self._change.wait()
-            return []
+            return False
 
-    def _turn(self, lane: Lane) -> None:
-        with self._change:
-            request = lane.waiting.popleft() if lane.waiting and not lane.full else None
-        if request is not None:
-            self._deliver(lane.admit(request))
-        self._deliver(lane.step())
+    def _round(self, lanes: Sequence[Lane]) -> None:
+        """One step of every expert that has something to do."""
+        budget = self._chunk
+        for lane in lanes:
+            self._sweep(lane)
+            self._admit(lane)
+            if lane.busy:
+                budget -= self._step(lane, max(budget, 1))
+        self._loads = {lane.expert.name: _load(lane) for lane in lanes}
+
+    def _sweep(self, lane: Lane) -> None:
+        """Drop those whose reader has left."""
+        for request in [each for each in _of(lane) if each.cancelled]:
+            self._end(request)
+        lane.waiting = deque(each for each in lane.waiting if not each.cancelled)
+
+    def _admit(self, lane: Lane) -> None:
+        """Let in who waits, one after the other, as long as there is room for its prompt."""
+        while lane.waiting:
+            request = lane.waiting[0]
+            try:
+                if not self._enter(request):
+                    if self._running():
+                        return
+                    raise EngineError("its prompt does not fit into the key-value memory")
+            except Exception as exc:
+                self._fail([request], exc)
+            lane.waiting.popleft()
+
+    def _enter(self, request: Request) -> bool:
+        lanes = [self._lanes[name] for name in request.job.experts]
+        if any(len(lane.running) >= self._most for lane in lanes):
+            return False
+        anew = request.job.sampling.prompt_logprobs is not None and not request.count
+        if not request.contexts:
+            tokens = request.job.tokens
+            request.contexts = [
+                Context(lane.expert.name, lane.shelf, list(tokens), lane.expert.model.route(tokens)) for lane in lanes
+            ]
+        for context in request.contexts:
+            context.begin(anew=anew)
+        if not all(context.make_room(context.pending) for context in request.contexts):
+            for context in request.contexts:
+                context.leave()
+            return False
+        for lane, context in zip(lanes, request.contexts, strict=True):
+            lane.running.append((request, context))
+            lane.queries += len(context.tokens)
+            lane.hits += context.computed
+        if not request.count:
+            request.cached = request.contexts[0].computed
+        return True
+
+    def _step(self, lane: Lane, budget: int) -> int:
+        """Run one; how many tokens of prompts it read."""
+        parts = self._with_room(lane, lane.parts(budget))
+        if not parts:
+            return 0
+        try:
+            self._run_parts(lane, parts)
+        except Exception as exc:
+            if len(parts) == 1:
+                self._fail([parts[0].request], exc)
+            else:  # one of them may be to blame
+                for part in parts:
+                    self._step_alone(lane, part, exc)
+        return sum(part.count for part in parts if part.count > 1)
+
+    def _step_alone(self, lane: Lane, part: Part, failure: Exception) -> None:
+        try:
+            if part.context.computed != part.start:  # it was not the model that failed
+                raise failure
+            self._run_parts(lane, [part])
+        except Exception as exc:
+            self._fail([part.request], exc)
+
+    def _run_parts(self, lane: Lane, parts: Sequence[Part]) -> None:
+        """Raises what the model raises; the contexts are as before then."""
+        news: list[Delivery] = []
+        ready: list[tuple[Request, Tensor]] = []
+        for part, logits_RV in lane.run(parts):
+            ready += self._result(part, logits_RV, news)
+        self._pick(ready, news)
+        self._deliver(news)
+
+    def _with_room(self, lane: Lane, parts: Sequence[Part]) -> list[Part]:
+        """The parts whose tokens have pages; those of later requests are taken away where they lack."""
+        for part in sorted(parts, key=lambda part: part.request.arrival):
+            while part.context.pages and not part.context.make_room(part.count):
+                self._preempt(max(self._running(), key=lambda request: request.arrival))
+        return [part for part in parts if part.context.pages]
+
+    def _result(self, part: Part, logits_RV: Tensor, news: list[Delivery]) -> list[tuple[Request, Tensor]]:
+        """What is ready to be picked from after a part; scores of the prompt go into the news."""
+        request, context = part.request, part.context
+        top = request.job.sampling.prompt_logprobs
+        if top is not None and not request.count and part.rows:
+            told = logits_RV if context.pending else logits_RV[:-1]
+            following = context.tokens[context.computed - part.count + 1 : context.computed + 1][: len(told)]
+            if following:
+                news.append((request, Prompted(prompt_scores(told, following, top))))
+        if context.pending or not part.rows:
+            return []
+        if not request.most:
+            request.over = True
+            news.append((request, Token(None, "length", request.cached)))
+            self._end(request)
+            return []
+        context.logits_V = logits_RV[-1]
+        found = [each.logits_V for each in request.contexts if each.logits_V is not None]
+        if len(found) < len(request.contexts):
+            return []
+        for each in request.contexts:
+            each.logits_V = None
+        return [(request, blend(found, list(request.job.experts.values())))]
+
+    def _pick(self, ready: Sequence[tuple[Request, Tensor]], news: list[Delivery]) -> None:
+        if not ready:
+            return
+        picks = pick([request.row for request, _ in ready], torch.stack([logits_V for _, logits_V in ready]))
+        for (request, _), found in zip(ready, picks, strict=True):
+            if isinstance(found, EngineError):
+                news.append((request, EngineError(f"{request.job.expert} failed: {found}")))
+                request.over = True
+            else:
+                news.append((request, request.take(found)))
+            if request.over:
+                self._end(request)
+
+    def _preempt(self, request: Request) -> None:
+        """Take a request's pages away; it waits again, before all others."""
+        lane = self._lanes[request.job.expert]
+        lane.preemptions += 1
+        self._end(request)
+        lane.waiting.appendleft(request)
+
+    def _end(self, request: Request) -> None:
+        for name in request.job.experts:
+            self._lanes[name].forget(request)
+        for context in request.contexts:
+            context.leave()
+
+    def _fail(self, requests: Sequence[Request], exc: Exception) -> None:
+        log.error("a step failed", exc_info=exc)
+        for request in requests:
+            request.over = True
+            self._end(request)
+        self._deliver([(request, EngineError(f"{request.job.expert} failed: {exc}")) for request in requests])
+
+    def _running(self) -> list[Request]:
+        return [request for lane in self._lanes.values() for request, _ in lane.running]
+
+
+def _of(lane: Lane) -> list[Request]:
+    return [*(request for request, _ in lane.running), *lane.waiting]
+
+
+def _load(lane: Lane) -> Load:
+    memory = lane.memory
+    held = lane.shelf.in_use * lane.shelf.page / (memory.chunks * memory.chunk)
+    return Load(len(lane.running), len(lane.waiting), held, lane.queries, lane.hits, lane.preemptions)

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import save_llama
+from transformers import AutoModelForCausalLM
 
-from service.engines.local.expert import Expert, load
+from service.engines.local.expert import Expert, Loading, load
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,9 +33,10 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def expert(llama: Path) -> Expert:
-    return load("llama", llama, torch.float32, torch.device("cpu"))
+    return load("llama", llama, Loading(torch.float32, torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")
-def faulty_expert(faulty: Path) -> Expert:
-    return load("faulty", faulty, torch.float32, torch.device("cpu"))
+def reference(llama: Path) -> Any:
+    """The same model as transformers runs it."""
+    return AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()

@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -29,25 +30,31 @@ from tiny import (
 from service.engines.base import EngineError, Job, Message, NotReadyError, PromptError, Sampling, Status
 from service.engines.local import LocalEngine
 from service.engines.local.expert import Expert
-from service.engines.local.lane import Request
-from service.engines.local.worker import Traffic, Worker
+from service.engines.local.request import Request
+from service.engines.local.sampler import Row
+from service.engines.local.worker import Worker
 
 PROMPTS = ["the owl", "def largest(numbers): return", "a", "日本語 👍", "the fox was afraid of the dark and", "max"]
 
 
-def expected(expert: Expert, prompt: str, count: int) -> str:
+def expected(expert: Expert, reference: Any, prompt: str, count: int) -> str:
     tokens = tuple(expert.tokenizer(prompt)["input_ids"])
-    return str(expert.tokenizer.decode(generated(expert.model, tokens, count), skip_special_tokens=True))
+    return str(expert.tokenizer.decode(generated(reference, tokens, count), skip_special_tokens=True))
 
 
-def test_answers_are_generates_alone_and_together(llama: Path, expert: Expert) -> None:
+def traffic(engine: LocalEngine, name: str) -> tuple[int, int]:
+    load = engine.load()[name]
+    return load.running, load.waiting
+
+
+def test_answers_are_generates_alone_and_together(llama: Path, expert: Expert, reference: Any) -> None:
     async def ask() -> tuple[list[str], list[str]]:
-        async with serving({"llama": llama}, max_batch=4) as engine:
+        async with serving({"llama": llama}, most=4) as engine:
             alone = [await answer(engine, prompt, greedy(24)) for prompt in PROMPTS]
             return alone, await asyncio.gather(*(answer(engine, prompt, greedy(24)) for prompt in PROMPTS))
 
     alone, together = asyncio.run(ask())
-    assert alone == together == [expected(expert, prompt, 24) for prompt in PROMPTS]
+    assert alone == together == [expected(expert, reference, prompt, 24) for prompt in PROMPTS]
 
 
 def test_every_token_is_counted_and_only_the_last_piece_has_a_finish(llama: Path) -> None:
@@ -63,10 +70,10 @@ def test_every_token_is_counted_and_only_the_last_piece_has_a_finish(llama: Path
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_an_end_token_of_the_generation_config_stops_without_text(
-    llama: Path, expert: Expert, tmp_path: Path, listed: bool
+    llama: Path, expert: Expert, reference: Any, tmp_path: Path, listed: bool
 ) -> None:
     tokens = tuple(expert.tokenizer("the owl")["input_ids"])
-    whole = generated(expert.model, tokens, 10)
+    whole = generated(reference, tokens, 10)
     end = next(place for place, token in enumerate(whole) if place > 2 and token not in whole[:place])
     folder = shutil.copytree(llama, tmp_path / "ends")
     stated = [299, whole[end]] if listed else whole[end]
@@ -104,14 +111,14 @@ def test_same_seed_same_text_in_any_company(llama: Path) -> None:
 
 def test_a_reader_who_leaves_frees_the_row(llama: Path) -> None:
     async def leave() -> None:
-        async with serving({"llama": llama}, max_batch=1) as engine:
+        async with serving({"llama": llama}, most=1) as engine:
             job = engine.prepare({"llama": 1.0}, "the owl", greedy(480))
             start = time.monotonic()
             await read(engine.generate(job))
             whole = time.monotonic() - start
             await read(engine.generate(job), at_most=2)
             start = time.monotonic()
-            await until(lambda: engine.traffic("llama") == Traffic(0, 0))
+            await until(lambda: traffic(engine, "llama") == (0, 0))
             assert time.monotonic() - start < whole / 4
 
     asyncio.run(leave())
@@ -119,15 +126,15 @@ def test_a_reader_who_leaves_frees_the_row(llama: Path) -> None:
 
 def test_who_waits_is_served_in_turn_or_leaves_at_once(llama: Path) -> None:
     async def wait() -> None:
-        async with serving({"llama": llama}, max_batch=1) as engine:
+        async with serving({"llama": llama}, most=1) as engine:
             running = engine.generate(engine.prepare({"llama": 1.0}, "the owl", greedy(480)))
             await anext(running)
             waiting = [asyncio.create_task(answer(engine, "a", greedy(3))) for _ in range(2)]
             await asyncio.sleep(0)
-            assert engine.traffic("llama") == Traffic(1, 2)
+            assert traffic(engine, "llama") == (1, 2)
             waiting[0].cancel()
             await asyncio.sleep(0)
-            assert engine.traffic("llama") == Traffic(1, 1)
+            assert traffic(engine, "llama") == (1, 1)
             await running.aclose()
             assert await asyncio.wait_for(waiting[1], 5)
 
@@ -160,7 +167,7 @@ def test_an_expert_that_cannot_load_says_why_and_the_others_serve(llama: Path, t
             assert list(status) == list(folders)
             assert [status[name].state for name in folders] == ["failed", "failed", "failed", "ready"]
             assert "no config.json" in status["none"].detail
-            assert "does not load" in status["cut"].detail
+            assert "model.safetensors cannot be read" in status["cut"].detail
             assert "model.norm.weight" in status["lost"].detail
             with pytest.raises(EngineError, match=r"none cannot answer: no config.json"):
                 engine.prepare({"none": 1.0}, "the owl", greedy(1))
@@ -215,7 +222,7 @@ def test_a_prompt_that_fails_leaves_its_neighbours_alone(faulty: Path) -> None:
             for prompt in (BREAKS_READING, BREAKS_LOGITS):
                 with pytest.raises(EngineError):
                     await answer(engine, prompt, greedy(9), "faulty")
-            assert engine.traffic("faulty").running == 1
+            assert traffic(engine, "faulty")[0] == 1
             assert text([first, *await read(neighbour)]) == undisturbed
 
     asyncio.run(ask())
@@ -223,7 +230,7 @@ def test_a_prompt_that_fails_leaves_its_neighbours_alone(faulty: Path) -> None:
 
 def test_a_dead_device_thread_is_an_error_for_all_and_never_a_hang(llama: Path, faulty: Path) -> None:
     async def ask() -> None:
-        async with serving({"llama": llama, "faulty": faulty}, max_batch=1) as engine:
+        async with serving({"llama": llama, "faulty": faulty}, most=1) as engine:
             asked = [(BREAKS_READING, "llama"), (KILLS, "faulty"), ("waits", "faulty")]
             ends = await asyncio.gather(
                 *(answer(engine, prompt, greedy(400), expert) for prompt, expert in asked), return_exceptions=True
@@ -238,9 +245,9 @@ def test_a_dead_device_thread_is_an_error_for_all_and_never_a_hang(llama: Path, 
 
 def test_closing_ends_the_running_and_the_waiting_at_once(llama: Path) -> None:
     async def close() -> None:
-        async with serving({"llama": llama}, max_batch=2) as engine:
+        async with serving({"llama": llama}, most=2) as engine:
             asked = [asyncio.create_task(answer(engine, "the owl", greedy(480))) for _ in range(4)]
-            await until(lambda: engine.traffic("llama") == Traffic(2, 2))
+            await until(lambda: traffic(engine, "llama") == (2, 2))
             start = time.monotonic()
             await engine.aclose()
             ends = await asyncio.gather(*asked, return_exceptions=True)
@@ -256,7 +263,7 @@ def test_closing_tells_the_readers_before_the_step_is_over(faulty: Path) -> None
     async def close() -> None:
         async with serving({"faulty": faulty}) as engine:
             asked = asyncio.create_task(answer(engine, SLEEPS, greedy(9), "faulty"))
-            await until(lambda: engine.traffic("faulty").running == 1)
+            await until(lambda: traffic(engine, "faulty")[0] == 1)
             closing = asyncio.create_task(engine.aclose())
             with pytest.raises(EngineError, match="closed"):
                 await asyncio.wait_for(asked, 0.8 * NAP)
@@ -296,7 +303,7 @@ def test_start_returns_before_the_experts_are_loaded(llama: Path) -> None:
 
 
 def test_a_worker_that_has_ended_takes_no_requests() -> None:
-    worker = Worker(lambda _: None, max_batch=1, threads=1)
+    worker = Worker(lambda _: None, most=1, chunk=16, threads=1)
     worker.stop()
     with pytest.raises(EngineError, match="closed"):
-        worker.submit(Request(Job({"llama": 1.0}, (1,), greedy(1))))
+        worker.submit(Request(Job({"llama": 1.0}, (1,), greedy(1)), Row(greedy(1), (1,), (), 300)))

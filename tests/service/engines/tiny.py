@@ -11,18 +11,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from service.engines.base import Job, Piece, Prompt, Sampling
-from service.engines.local import LocalEngine
+from service.engines.base import Piece, Prompt, Sampling
+from service.engines.local import LocalEngine, Options
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
@@ -53,19 +45,17 @@ class FaultyLlama(LlamaForCausalLM):
     config_class = FaultyConfig
 
     def forward(self, input_ids: Any, position_ids: Any = None, **kwargs: Any) -> Any:
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-
         def met(character: str) -> Any:
-            return (input_ids == self.config.characters[character]).any(-1)
+            return input_ids == self.config.characters[character]
 
-        if met(BREAKS_READING).any() or cache.get_seq_length() >= BREAKS_STEP_AT:
+        if met(BREAKS_READING).any() or position_ids.max() >= BREAKS_STEP_AT:
             raise RuntimeError("the matrix is on fire")
         if met(KILLS).any():
             raise SystemExit("killed")
         if met(SLEEPS).any():
             time.sleep(NAP)
         output = super().forward(input_ids, position_ids=position_ids, **kwargs)
-        output.logits[met(BREAKS_LOGITS)] = torch.nan
+        output.logits[met(BREAKS_LOGITS)[:, kwargs["logits_to_keep"]]] = torch.nan
         return output
 
 
@@ -108,11 +98,6 @@ def save_llama(folder: Path, *, seed: int = 0, faulty: bool = False, template: s
     return folder
 
 
-def sliding_window_model() -> MistralForCausalLM:
-    torch.manual_seed(0)
-    return MistralForCausalLM(MistralConfig(**SHAPE, vocab_size=300, sliding_window=8)).eval()
-
-
 def generated(model: Any, tokens: tuple[int, ...], count: int) -> list[int]:
     """What transformers itself answers, greedily."""
     prompt = torch.tensor([tokens])
@@ -125,7 +110,7 @@ def generated(model: Any, tokens: tuple[int, ...], count: int) -> list[int]:
 @asynccontextmanager
 async def serving(folders: dict[str, Path], **options: Any) -> AsyncIterator[LocalEngine]:
     """An engine whose experts are loaded, or have failed to."""
-    engine = LocalEngine(folders, dtype=torch.float32, **options)
+    engine = LocalEngine(folders, Options(dtype=torch.float32, **options))
     await engine.start()
     try:
         await until(lambda: all(status.state != "loading" for status in engine.status().values()))
@@ -161,7 +146,3 @@ async def answer(engine: LocalEngine, prompt: Prompt, sampling: Sampling, expert
 
 def text(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
-
-
-def job(tokens: list[int], sampling: Sampling, expert: str = "llama") -> Job:
-    return Job({expert: 1.0}, tuple(tokens), sampling)

@@ -1,0 +1,202 @@
+"""Our forward and transformers' modules over paged memory, against transformers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from service.engines.base import EngineError
+from service.engines.local.decoder import Decoder, is_ours
+from service.engines.local.forward import Model, Segment
+from service.engines.local.hosted import ATTENTION, Hosted
+from service.engines.local.memory import Memory
+from service.engines.local.ops import PAGE
+from service.engines.local.weights import Shared, Weights
+
+CPU = torch.device("cpu")
+BASE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONFIGS = {
+    "llama": LlamaConfig(**BASE),
+    "llama, tied, biased, stretched": LlamaConfig(
+        **BASE,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters=STRETCHED | {"original_max_position_embeddings": 64, "rope_theta": 1e4},
+    ),
+    "llama of wide heads": LlamaConfig(**BASE, head_dim=32),
+    "mistral of a window": MistralConfig(**BASE, sliding_window=8),
+    "qwen2": Qwen2Config(**BASE),
+    "qwen2 of a window": Qwen2Config(**BASE, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen3": Qwen3Config(**BASE, head_dim=16),
+    "gemma2": Gemma2Config(**BASE, head_dim=16, sliding_window=8),
+    "gemma3": Gemma3TextConfig(**BASE, head_dim=16, sliding_window=8),
+    "phi3": Phi3Config(**BASE),
+    "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3),
+}
+OURS = [name for name, config in CONFIGS.items() if is_ours(config)]
+
+
+def saved(folder: Path, config: Any) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # else biases are zero and norms one, and nobody would miss them
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def ours(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Decoder:
+    with Weights(folder, dtype, CPU, None, Shared()) as weights:
+        return Decoder(config, weights)
+
+
+def hosted(folder: Path) -> Hosted:
+    return Hosted(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION))
+
+
+class Texts:
+    """Sequences in a memory full of NaN, given to a model piece by piece."""
+
+    def __init__(self, model: Model, texts: Sequence[Sequence[int]]) -> None:
+        self._model, self._texts = model, texts
+        self._memory = Memory(16, 8 * model.shape.page, torch.float32, CPU)
+        self._memory.data.fill_(torch.nan)
+        shelf = self._memory.shelf(model.shape.page)
+        self._tables = [[page.offset for _ in range(0, 80, PAGE) if (page := shelf.take())] for _ in texts]
+        self._done = [0] * len(texts)
+
+    def give(self, *parts: tuple[int, int, int]) -> list[Tensor]:
+        """The logits of (text, its next so many tokens, of so many the logits)."""
+        segments = []
+        for text, count, rows in parts:
+            start = self._done[text]
+            segments.append(Segment(self._texts[text][start : start + count], start, self._tables[text], rows))
+            self._done[text] += count
+        logits_RV = self._model.forward(segments, self._memory.data)
+        assert len(logits_RV) == sum(rows for _, _, rows in parts)
+        return list(torch.split(logits_RV, [rows for _, _, rows in parts]))
+
+
+def random_texts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (60, 20, 47)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "ours") for name in OURS), *((name, "hosted") for name in CONFIGS)]
+)
+def test_logits_are_those_of_transformers_however_texts_are_cut_and_put_together(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    reference = saved(tmp_path, CONFIGS[name])
+    texts = random_texts()
+    with torch.inference_mode():
+        expected = [reference(torch.tensor([text])).logits[0] for text in texts]
+    model: Model = ours(tmp_path, reference.config) if kind == "ours" else hosted(tmp_path)
+    given = Texts(model, texts)
+    found = [
+        *given.give((0, 40, 1), (1, 17, 17)),
+        *given.give((0, 1, 1), (1, 1, 1), (2, 30, 0)),
+        *given.give((0, 1, 1), (0 + 2, 17, 5)),
+        *given.give((1, 1, 1), (0, 18, 2)),
+    ]
+    wanted = [
+        (0, slice(39, 40)),
+        (1, slice(0, 17)),
+        (0, slice(40, 41)),
+        (1, slice(17, 18)),
+        (2, slice(0, 0)),
+        (0, slice(41, 42)),
+        (2, slice(42, 47)),
+        (1, slice(18, 19)),
+        (0, slice(58, 60)),
+    ]
+    for logits_RV, (text, rows) in zip(found, wanted, strict=True):
+        torch.testing.assert_close(logits_RV, expected[text][rows], atol=2e-4, rtol=1e-4)
+
+
+def test_a_row_has_the_same_bits_whoever_is_beside_it(tmp_path: Path) -> None:
+    reference = saved(tmp_path, CONFIGS["llama"])
+    texts = random_texts()
+    model = ours(tmp_path, reference.config)
+    alone = Texts(model, texts)
+    alone.give((0, 40, 1))
+    first = alone.give((0, 1, 1))[0]
+    beside = Texts(model, texts)
+    beside.give((0, 40, 1))
+    beside.give((1, 18, 0), (2, 30, 0))
+    assert torch.equal(beside.give((0, 1, 1), (1, 1, 1), (2, 1, 1))[0], first)
+
+
+def test_in_bf16_it_is_as_near_to_fp32_as_transformers_is(tmp_path: Path) -> None:
+    reference = saved(tmp_path, CONFIGS["llama"])
+    texts = [random_texts()[0]]
+    tokens = torch.tensor(texts)
+    with torch.inference_mode():
+        exact = reference(tokens).logits[0]
+        theirs = reference.to(torch.bfloat16)(tokens).logits[0].float()
+    model = ours(tmp_path, reference.config, torch.bfloat16)
+    memory = Memory(16, 8 * model.shape.page, torch.bfloat16, CPU)
+    shelf = memory.shelf(model.shape.page)
+    table = [page.offset for _ in range(4) if (page := shelf.take())]
+    found = model.forward([Segment(texts[0], 0, table, 60)], memory.data).float()
+    assert (found - exact).abs().mean() < 1.1 * (theirs - exact).abs().mean()
+
+
+def test_what_two_checkpoints_have_in_common_is_loaded_once(tmp_path: Path) -> None:
+    reference = saved(tmp_path / "one", CONFIGS["llama"])
+    with torch.no_grad():
+        reference.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    reference.save_pretrained(tmp_path / "two")
+    shared: Shared[Any] = Shared()
+    loaded = []
+    for name in ("one", "two"):
+        with Weights(tmp_path / name, torch.float32, CPU, None, shared) as weights:
+            loaded.append(Decoder(reference.config, weights))
+    one, two = (model._layers[1] for model in loaded)
+    assert one.qkv is two.qkv
+    assert one.before_H is two.before_H
+    assert one.down is not two.down
+
+
+def test_a_tensor_that_lacks_or_does_not_fit_is_named(tmp_path: Path) -> None:
+    reference = saved(tmp_path, CONFIGS["llama"])
+    reference.config.intermediate_size = 95
+    with pytest.raises(EngineError, match=r"model\.layers\.0\.mlp\.gate_proj\.weight in .* is \[96, 64\]"):
+        ours(tmp_path, reference.config)
+    reference.config.num_hidden_layers = 3
+    reference.config.intermediate_size = 96
+    with pytest.raises(EngineError, match=r"no tensor model\.layers\.2"):
+        ours(tmp_path, reference.config)
