@@ -32,6 +32,7 @@
 #define GROUP 4   /* query heads that go through the keys together */
 #define PANEL 32  /* outputs of a matrix product that make a panel of weights */
 #define TILE 12   /* rows that go through a panel together, at most */
+#define AHEAD 4096 /* bytes of weights that are fetched before their turn */
 #define BLOCK 240 /* rows whose inputs stay in the cache while the weights pass */
 
 typedef float F16 __attribute__((vector_size(64)));
@@ -547,13 +548,21 @@ int attend(int wide, const void *qkv, const void *memory, const int64_t *tables,
 /* Matrix products. Weights lie in panels of PANEL outputs, zeros after the last: [K][PANEL] in fp32, [K / 2][PANEL][2]
    in bf16 and int8, and in int4 as unpack_int4 says. */
 
-INLINE void tile_fp32(const void *inputs, int64_t stride, const void *panel, int64_t depth, float *out, int rows) {
+/* What a tile fetches into the cache meanwhile: so many bytes for each 128 of its panel. */
+typedef struct {
+    const char *from;
+    int64_t pace;
+} Ahead;
+
+INLINE void tile_fp32(const void *inputs, int64_t stride, const void *panel, int64_t depth, const Ahead *ahead, float *out,
+                      int rows) {
     const float *x = inputs, *w = panel;
+    const char *next = ahead->from;
     F16 sums[TILE][2] = {{{0}}};
-    for (int64_t k = 0; k < depth; k++, w += PANEL) {
+    for (int64_t k = 0; k < depth; k++, w += PANEL, next += ahead->pace) {
         F16 left = load_16(w, 0, 1), right = load_16(w, 16, 1);
-        __builtin_prefetch(w + 16 * PANEL);
-        __builtin_prefetch(w + 16 * PANEL + 16);
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + 64);
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
             sums[row][0] += left * x[row * stride + k];
@@ -563,16 +572,18 @@ INLINE void tile_fp32(const void *inputs, int64_t stride, const void *panel, int
     memcpy(out, sums, (size_t)rows * PANEL * sizeof *out);
 }
 
-INLINE void tile_pairs(const void *inputs, int64_t stride, const void *panel, int64_t depth, float *out, int rows) {
+INLINE void tile_pairs(const void *inputs, int64_t stride, const void *panel, int64_t depth, const Ahead *ahead, float *out,
+                       int rows) {
     const uint16_t *x = inputs;
     const uint32_t *w = panel;
+    const char *next = ahead->from;
     F16 sums[TILE][2] = {{{0}}};
-    for (int64_t k = 0; k < depth; k += 2, w += PANEL) {
+    for (int64_t k = 0; k < depth; k += 2, w += PANEL, next += ahead->pace) {
         U16 left, right;
         memcpy(&left, w, 64);
         memcpy(&right, w + 16, 64);
-        __builtin_prefetch(w + 16 * PANEL);
-        __builtin_prefetch(w + 16 * PANEL + 16);
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + 64);
         F16 left_0 = (F16)(left << 16), left_1 = (F16)(left & 0xFFFF0000u);
         F16 right_0 = (F16)(right << 16), right_1 = (F16)(right & 0xFFFF0000u);
 #pragma GCC unroll 12
@@ -587,17 +598,19 @@ INLINE void tile_pairs(const void *inputs, int64_t stride, const void *panel, in
     memcpy(out, sums, (size_t)rows * PANEL * sizeof *out);
 }
 
-typedef void (*Tiles)(const void *x, int64_t stride, const void *panel, int64_t depth, float *out, int rows);
+typedef void (*Tiles)(const void *x, int64_t stride, const void *panel, int64_t depth, const Ahead *ahead,
+                      float *out, int rows);
 
 #define CASE(tile, n)                                                                                                  \
-    case n: tile(x, stride, panel, depth, out, n); break;
+    case n: tile(x, stride, panel, depth, ahead, out, n); break;
 #define FEW(tile) CASE(tile, 1) CASE(tile, 2) CASE(tile, 3)
 #define MANY(tile)                                                                                                     \
     FEW(tile)                                                                                                          \
     CASE(tile, 4)                                                                                                      \
     CASE(tile, 5) CASE(tile, 6) CASE(tile, 7) CASE(tile, 8) CASE(tile, 9) CASE(tile, 10) CASE(tile, 11) CASE(tile, 12)
 #define TILES(name, cases)                                                                                             \
-    static void name(const void *x, int64_t stride, const void *panel, int64_t depth, float *out, int rows) {         \
+    static void name(const void *x, int64_t stride, const void *panel, int64_t depth, const Ahead *ahead, float *out,  \
+                     int rows) {                                                                                       \
         switch (rows) { cases }                                                                                        \
     }
 
@@ -609,17 +622,18 @@ FOR_256 TILES(bf16_256, FEW(tile_pairs))
 FOR_512 TILES(fp32_512, MANY(tile_fp32))
 FOR_512 TILES(bf16_512, MANY(tile_pairs))
 
-FOR_BF16 INLINE void tile_bf16(const void *inputs, int64_t stride, const void *panel, int64_t depth, float *out,
-                               int rows) {
+FOR_BF16 INLINE void tile_bf16(const void *inputs, int64_t stride, const void *panel, int64_t depth, const Ahead *ahead,
+                               float *out, int rows) {
     const uint16_t *x = inputs;
     const uint32_t *w = panel;
+    const char *next = ahead->from;
     __m512 sums[TILE][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < depth; k += 2, w += PANEL) {
+    for (int64_t k = 0; k < depth; k += 2, w += PANEL, next += ahead->pace) {
         __m512bh left = (__m512bh)_mm512_loadu_si512(w), right = (__m512bh)_mm512_loadu_si512(w + 16);
-        __builtin_prefetch(w + 16 * PANEL);
-        __builtin_prefetch(w + 16 * PANEL + 16);
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + 64);
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
             int32_t pair;
@@ -724,16 +738,20 @@ static void product_panels(const void *argument, int64_t task) {
     for (int64_t block = 0; block < job->rows; block += BLOCK) {
         int64_t end = least(block + BLOCK, job->rows), tiles = (end - block + job->high - 1) / job->high;
         for (int64_t panel = task * job->step; panel < stop; panel++) {
-            const void *weight = (const char *)job->weight + panel * depth * PANEL * eighths[job->kind] / 8;
+            int64_t bytes = depth * PANEL * eighths[job->kind] / 8;
+            const char *stored = (const char *)job->weight + panel * bytes;
+            const void *weight = stored;
             const char *groups = (const char *)job->groups + panel * (depth / 32) * PANEL * 4;
-            if (job->kind == INT8) unpack_int8(weight, NULL, depth, unpacked);
-            if (job->kind == INT4) unpack_int4(weight, groups, depth, unpacked);
+            if (job->kind == INT8) unpack_int8(stored, NULL, depth, unpacked);
+            if (job->kind == INT4) unpack_int4(stored, groups, depth, unpacked);
             if (job->kind > BF16) weight = unpacked;
             for (int64_t tile = 0, row = block; tile < tiles; tile++) {
                 float sums[TILE * PANEL] __attribute__((aligned(64)));
                 int64_t next = block + (end - block) * (tile + 1) / tiles;
                 const void *x = at(job->x, row * depth, job->kind == FP32);
-                job->tiles(x, depth, weight, depth, sums, (int)(next - row));
+                Ahead ahead = {stored + AHEAD, 128};
+                if (tiles > 1) ahead = (Ahead){stored + bytes + bytes * tile / tiles, bytes / tiles / (bytes / 128)};
+                job->tiles(x, depth, weight, depth, &ahead, sums, (int)(next - row));
                 finish(job, sums, row, next - row, panel);
                 row = next;
             }
