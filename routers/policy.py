@@ -15,7 +15,9 @@ import numpy as np
 from routers.base import Estimate, Evidence, Vector
 from routers.errors import RoutingError
 
-Reason = Literal["top_score", "no_evidence", "abstained", "only_choice", "fixed", "pinned"]
+Reason = Literal[
+    "top_score", "no_evidence", "abstained", "only_choice", "fixed", "pinned", "retained", "switched", "fallback"
+]
 Excluded = Literal["not_allowed", "denied", "context_window", "not_ready"]
 
 

@@ -23,9 +23,11 @@ from routers import bundle as bundles
 from routers.errors import ModelGlueError
 from routers.prompt import PromptRouter
 from service.app import create_app
-from service.completions import Decision, Request, evidence, start
-from service.engines.base import Engine, Message
+from service.completions import start
+from service.decisions import Decision, Request, evidence
+from service.engines.base import Engine, Message, Sampling
 from service.metrics import Metrics
+from service.sessions import Sessions
 
 ASK_TOKENS = 64
 POLL_SECONDS = 0.1
@@ -105,11 +107,12 @@ async def answer_all(prompts: Sequence[str], router: PromptRouter, engine: Engin
 
 async def answer(prompt: str, router: PromptRouter, engine: Engine) -> None:
     """Print why an expert was chosen for a chat of one turn, and its greedy answer as it comes."""
-    request = Request((Message("user", prompt),), max_tokens=ASK_TOKENS, temperature=0)
+    request = Request((Message("user", prompt),), Sampling(ASK_TOKENS, 0.0))
     uncounted = Metrics(router.experts)  # /metrics is about the service's clients
-    async with aclosing(await start(request, router, engine, uncounted)) as completion:
-        say(f"{why(completion.decision, router)}\n", style="dim")
-        async for piece in completion.pieces():
+    async with aclosing(await start([request], router, engine, uncounted, Sessions())) as completion:
+        (part,) = completion.parts
+        say(f"{why(part.decision, router)}\n", style="dim")
+        async for piece in part.answers[0].pieces():
             say(piece.text)
     say("\n")
 

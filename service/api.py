@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -17,21 +17,33 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
 from routers.bundle import Bundle
+from routers.errors import ModelGlueError
 from routers.explain import Detail, explain
 from routers.policy import pin
-from routers.prompt import AUTO
-from service import completions, errors, schemas
-from service.completions import Completion, Decision
-from service.engines.base import Engine, EngineError, State
+from service import completions, decisions, errors
+from service.completions import Completion
+from service.decisions import POLICIES, Decision, estimated_tokens
+from service.engines.base import Engine, Prompt, Sampling, State
 from service.errors import RequestError
+from service.events import EventStream
 from service.metrics import Metrics
-from service.schemas import Answer, Body, ChatBody, CompletionBody, DetailQuery, Json, RouteQuery
+from service.schemas import answers
+from service.schemas.answers import Writer
+from service.schemas.bodies import Body, ChatBody, CompletionBody
+from service.schemas.fields import Json
+from service.schemas.queries import DetailQuery, DetokenizeBody, EmbeddingsBody, RouteQuery, TokenizeBody
+from service.sessions import Sessions
 
 MAX_BODY: Final = 1 << 20
 """Bytes of a request's body."""
+
+MAX_BATCH: Final = 1 << 24
+"""Bytes of a batch's body."""
+
+PATIENCE: Final = 2.0
+"""Seconds that a stream waits for its first pieces: until then a failure has a status, and another expert is tried."""
 
 CLIENT_LEFT: Final = 499
 """nginx's status for a client that did not wait: nobody reads it but the log."""
@@ -50,32 +62,43 @@ PAGE_HEADERS = {
     "x-content-type-options": "nosniff",
 }
 
-DONE: Final = "data: [DONE]\n\n"
-
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 
 class Api:
-    """The endpoints over one bundle and one engine."""
+    """The endpoints over one bundle and one engine.
+
+    Headers of a request: `x-expert` pins one, as `model` does; `x-session-id` names the conversation that it belongs to
+    (service/sessions.py); `x-route-debug: 1` adds the decision to the answer's last part as `route`, a list where there
+    are several prompts.
+    """
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self._bundle = bundle
         self._router = bundle.router
         self._engine = engine
         self._metrics = Metrics(bundle.router.experts)
+        self._sessions = Sessions()
         self._since = int(time.time())
+        self._fingerprint = f"fp_{bundle.manifest.inputs_sha256[:10]}"
 
     def endpoints(self) -> APIRouter:
         """Every path there is."""
         api = APIRouter(redirect_slashes=False)
         api.add_api_route("/v1/completions", self.complete, methods=["POST"])
         api.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        api.add_api_route("/v1/embeddings", self.embed, methods=["POST"])
         api.add_api_route("/v1/models", self.models, methods=["GET"])
         api.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
-        api.add_api_route("/route", self.route_of_query, methods=["GET"])
-        api.add_api_route("/route", self.route_of_body, methods=["POST"])
-        api.add_api_route("/healthz", self.healthz, methods=["GET"])
+        for path in ("/route", "/v1/route"):
+            api.add_api_route(path, self.route_of_query, methods=["GET"])
+            api.add_api_route(path, self.route_of_body, methods=["POST"])
+            api.add_api_route(f"{path}/batch", self.routes_of_lines, methods=["POST"])
+        api.add_api_route("/tokenize", self.tokenize, methods=["POST"])
+        api.add_api_route("/detokenize", self.detokenize, methods=["POST"])
+        api.add_api_route("/version", self.version, methods=["GET"])
+        for path in ("/healthz", "/health"):  # vLLM's name, which benchmarks ask for
+            api.add_api_route(path, self.healthz, methods=["GET"])
         api.add_api_route("/readyz", self.readyz, methods=["GET"])
         api.add_api_route("/metrics", self.metrics, methods=["GET"])
         for path, (file, media_type) in PAGES.items():
@@ -90,23 +113,64 @@ class Api:
         """Answer a chat."""
         return await self._answer(request, ChatBody.of(await read(request)))
 
-    async def route_of_query(self, query: Annotated[RouteQuery, Query()]) -> Json:
-        """The route of a prompt, and why; nothing is generated."""
-        return self._route(query.request(), query.detail)
+    async def embed(self, request: Request) -> Json:
+        """The vectors that prompts are routed by."""
+        body = EmbeddingsBody.of(await read(request))
+        features = self._router.features
+        # Off the event loop: two thousand texts take seconds.
+        vectors = await asyncio.to_thread(lambda: [features.vector(text) for text in body.input])
+        tokens = sum(estimated_tokens(text, features) for text in body.input)
+        return answers.embeddings(vectors, tokens, encoded=body.encoding_format == "base64")
 
-    async def route_of_body(self, request: Request, query: Annotated[DetailQuery, Query()]) -> Json:
-        """The route that serving would take with this very body."""
-        fields = await read(request)
-        body = ChatBody.of(fields) if "messages" in fields else CompletionBody.of(fields)
-        return self._route(body.request(), query.detail)
+    async def route_of_query(self, request: Request, query: Annotated[RouteQuery, Query()]) -> Json:
+        """The route of a prompt, and why; nothing is generated."""
+        return self._route(query.request(*_named(request)), query.detail)
+
+    async def route_of_body(self, request: Request, query: Annotated[DetailQuery, Query()]) -> Json | list[Json]:
+        """The route that serving would take with this very body; of several prompts, a list."""
+        return self._routes(await read(request), request, query.detail)
+
+    async def routes_of_lines(self, request: Request, query: Annotated[DetailQuery, Query()]) -> Response:
+        """JSONL to JSONL: the route of each line's body, or the error that it would get, in order."""
+        lines = (await read_raw(request, MAX_BATCH)).splitlines()
+
+        async def routes() -> AsyncGenerator[str, None]:
+            for line in filter(bytes.strip, lines):
+                try:
+                    found = self._routes(parse(line), request, query.detail)
+                except ModelGlueError as exc:
+                    found = errors.body(exc)
+                yield json.dumps(found, ensure_ascii=False) + "\n"
+                await asyncio.sleep(0)  # others' turn
+
+        return StreamingResponse(routes(), media_type="application/jsonl")
+
+    async def tokenize(self, request: Request) -> Json:
+        """A text as its expert's tokens, of `auto` the default expert's, which reads tokens that are to be routed."""
+        body = TokenizeBody.of(await read(request))
+        expert = self._expert(body.model)
+        ids = self._tokens(expert, body.text)
+        if not body.add_special_tokens and ids[:1] == self._tokens(expert, "")[:1]:
+            ids = ids[1:]
+        return {"model": expert, "tokens": ids, "count": len(ids), "max_model_len": self._engine.about(expert).window}
+
+    async def detokenize(self, request: Request) -> Json:
+        """Tokens as text."""
+        body = DetokenizeBody.of(await read(request))
+        return {"prompt": self._engine.decode(self._expert(body.model), body.tokens)}
 
     async def models(self) -> Json:
-        """`auto` and every expert."""
-        return {"object": "list", "data": [self._model(name) for name in (AUTO, *self._router.experts)]}
+        """`auto`, its policies, and every expert."""
+        return {"object": "list", "data": [self._model(name) for name in (*POLICIES, *self._router.experts)]}
 
     async def model(self, name: str) -> Json:
         """One of them."""
         return self._model(name)
+
+    async def version(self) -> Json:
+        """Which release serves which bundle."""
+        manifest = self._bundle.manifest
+        return {"version": version("modelglue"), "bundle": manifest.zoo, "inputs_sha256": manifest.inputs_sha256}
 
     async def healthz(self) -> Json:
         """The process answers."""
@@ -126,23 +190,44 @@ class Api:
         return Response(self._metrics.exposition(self._engine.status()), media_type=CONTENT_TYPE_LATEST)
 
     async def _answer(self, request: Request, body: Body) -> Response:
+        requests = body.requests(*_named(request))
+        debug = request.headers.get("x-route-debug") == "1"
         if not body.stream:
-            return await unless_left(request, self._whole(body))
-        completion = await unless_left(request, self._start(body))
-        return EventStream(completion, body)
+            return await unless_left(request, self._whole(body, requests, debug))
+        completion = await unless_left(request, self._start(requests, PATIENCE))
+        writer = self._writer(body, completion, debug)
+        return EventStream(completion, writer, _headers(completion), counted=body.include_usage)
 
-    async def _whole(self, body: Body) -> Response:
-        async with aclosing(await self._start(body)) as completion:
-            answer = Answer(body, completion.decision.route.expert)
-            written = answer.whole(await completion.whole(), completion.prompt_tokens)
-            return JSONResponse(written, headers=_headers(completion.decision))
+    async def _whole(self, body: Body, requests: tuple[decisions.Request, ...], debug: bool) -> Response:
+        async with aclosing(await self._start(requests)) as completion:
+            writer = self._writer(body, completion, debug)
+            return JSONResponse(writer.whole(await completion.whole()), headers=_headers(completion))
 
-    async def _start(self, body: Body) -> Completion:
-        return await completions.start(body.request(), self._router, self._engine, self._metrics)
+    async def _start(self, requests: tuple[decisions.Request, ...], patience: float | None = None) -> Completion:
+        return await completions.start(
+            requests, self._router, self._engine, self._metrics, self._sessions, patience=patience
+        )
 
-    def _route(self, request: completions.Request, detail: Detail) -> Json:
-        decision = completions.decide(request, self._router)
-        return schemas.route(decision, explain(self._bundle, decision.text, decision.route, request.limits, detail))
+    def _writer(self, body: Body, completion: Completion, debug: bool) -> Writer:
+        routes = [self._explained(part.decision, "scores") for part in completion.parts] if debug else []
+        return Writer(body, completion, self._fingerprint, _one_or_all(routes) if routes else None)
+
+    def _routes(self, fields: Json, request: Request, detail: Detail) -> Json | list[Json]:
+        body: Body = ChatBody.of(fields) if "messages" in fields else CompletionBody.of(fields)
+        return _one_or_all([self._route(each, detail) for each in body.requests(*_named(request))])
+
+    def _route(self, request: decisions.Request, detail: Detail) -> Json:
+        return self._explained(decisions.decide(request, self._router, self._engine, self._sessions), detail)
+
+    def _explained(self, decision: Decision, detail: Detail) -> Json:
+        facts = explain(self._bundle, decision.text, decision.route, decision.limits, detail)
+        return answers.route(decision, facts)
+
+    def _expert(self, model: str) -> str:
+        return self._router.policy.default if model in POLICIES else pin(self._router.experts, model).expert
+
+    def _tokens(self, expert: str, prompt: Prompt) -> list[int]:
+        return list(self._engine.prepare({expert: 1.0}, prompt, Sampling(max_tokens=0)).tokens)
 
     def _state(self) -> State:
         """The service's: loading as long as any expert is, and then its default expert's."""
@@ -150,64 +235,39 @@ class Api:
         return "loading" if "loading" in states.values() else states[self._router.policy.default]
 
     def _model(self, name: str) -> Json:
-        about: Json = {"id": name, "object": "model", "created": self._since, "owned_by": "modelglue"}
-        if name == AUTO:
-            return about | {"state": self._state()}
+        listed: Json = {"id": name, "object": "model", "created": self._since, "owned_by": "modelglue"}
+        if name in POLICIES:
+            return listed | {"state": self._state()}
         pin(self._router.experts, name)
         state = self._engine.status()[name].state
-        return about | {"state": state, "window": self._engine.about(name).window if state == "ready" else None}
-
-
-class EventStream(StreamingResponse):
-    """A completion as server-sent events. However the response ends, the engine's work ends with it."""
-
-    def __init__(self, completion: Completion, body: Body) -> None:
-        headers = _headers(completion.decision) | {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(_events(completion, body), headers=headers, media_type="text/event-stream")
-        self._completion = completion
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._completion):
-            try:
-                await super().__call__(scope, receive, send)
-            except asyncio.CancelledError:  # only a server that stops cancels this; one that leaves is noticed above
-                last = _event(errors.body(EngineError("the service is stopping"))) + DONE
-                await send({"type": "http.response.body", "body": last.encode()})
-
-
-async def _events(completion: Completion, body: Body) -> AsyncGenerator[str, None]:
-    answer = Answer(body, completion.decision.route.expert)
-    first, tokens = True, 0
-    try:
-        async for piece in completion.pieces():
-            tokens += piece.tokens
-            if first or piece.text or piece.finish:
-                yield _event(answer.chunk(piece, first=first))
-                first = False
-        if body.include_usage:
-            yield _event(answer.count(completion.prompt_tokens, tokens))
-    except Exception as exc:  # the status is sent: an event is all that can still tell
-        logger.exception("a stream of expert %s broke", completion.decision.route.expert)
-        yield _event(errors.body(exc))
-    yield DONE
-
-
-def _event(data: Json) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+        if state != "ready":
+            return listed | {"state": state, "window": None, "facts": {}}
+        about = self._engine.about(name)
+        return listed | {"state": state, "window": about.window, "facts": dict(about.facts)}
 
 
 async def read(request: Request) -> Json:
     """The JSON object in a request's body, whatever its content type. Raises RequestError or HTTPException."""
+    return parse(await read_raw(request, MAX_BODY))
+
+
+async def read_raw(request: Request, most: int) -> bytes:
+    """A request's body. Raises HTTPException for one of more than `most` bytes, and where the client leaves."""
     raw = bytearray()
     try:
         async for part in request.stream():
             raw += part
-            if len(raw) > MAX_BODY:
-                raise HTTPException(413, f"the body is larger than {MAX_BODY} bytes: send less")
+            if len(raw) > most:
+                raise HTTPException(413, f"the body is larger than {most} bytes: send less")
     except ClientDisconnect as exc:
         raise HTTPException(CLIENT_LEFT, "the client left") from exc
+    return bytes(raw)
+
+
+def parse(raw: bytes) -> Json:
+    """The JSON object in these bytes. Raises RequestError."""
     try:
-        fields = from_json(bytes(raw), allow_inf_nan=False)
+        fields = from_json(raw, allow_inf_nan=False)
     except ValueError as exc:
         raise RequestError(f"the body is not JSON: {exc}", code="invalid_json") from exc
     if not isinstance(fields, dict):
@@ -237,12 +297,23 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _headers(decision: Decision) -> dict[str, str]:
+def _named(request: Request) -> tuple[str | None, str | None]:
+    """The expert and the session that headers name."""
+    return request.headers.get("x-expert") or None, request.headers.get("x-session-id") or None
+
+
+def _headers(completion: Completion) -> dict[str, str]:
+    """The route; of several prompts, every different one."""
+    made = [part.decision for part in completion.parts]
     return {
-        "x-route-expert": decision.route.expert,
-        "x-route-reason": decision.route.reason,
-        "x-route-ms": f"{1000 * decision.seconds:.3f}",
+        "x-route-expert": ", ".join(dict.fromkeys(decision.route.expert for decision in made)),
+        "x-route-reason": ", ".join(dict.fromkeys(decision.route.reason for decision in made)),
+        "x-route-ms": f"{1000 * sum(decision.seconds for decision in made):.3f}",
     }
+
+
+def _one_or_all(routes: list[Json]) -> Json | list[Json]:
+    return routes[0] if len(routes) == 1 else routes
 
 
 def _page(file: Path, media_type: str) -> Callable[[], Awaitable[Response]]:

@@ -20,7 +20,8 @@ from routers.errors import ModelGlueError
 from service import errors
 from service.api import CLIENT_LEFT, Api
 from service.engines.base import Engine
-from service.schemas import RouteQuery, refusal
+from service.schemas.fields import refusal
+from service.schemas.queries import RouteQuery
 
 LAST_WORDS = 1.0
 """Seconds that a service which stops gives its open requests to say so."""
@@ -81,7 +82,7 @@ class Requests:
 async def _failed(request: Request, exc: Exception) -> JSONResponse:
     kind = errors.kind(exc)
     # What is not ours is answered outside of the middleware, which would have said the name.
-    headers = kind.headers | {"x-request-id": request.scope["request_id"]}
+    headers = errors.headers(exc) | {"x-request-id": request.scope["request_id"]}
     return JSONResponse(errors.body(exc), kind.status, headers)
 
 

@@ -1,155 +1,266 @@
-"""The story of a request: what to route, one route, the expert's pieces up to a stop string. No HTTP here."""
+"""The story of a request: one route a prompt, the experts' answers up to a stop string. No HTTP here."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Sequence
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
 
-from routers.errors import RoutingError
-from routers.policy import Limits, Route
-from routers.prompt import AUTO, PromptRouter, Pull
-from service.engines.base import Engine, Job, Piece, Prompt, Sampling, Tokens
-from service.errors import RequestError
+from routers.prompt import PromptRouter
+from service.decisions import Decision, Request, attempts, best_alone, decide
+from service.engines.base import Engine, EngineError, Job, Piece, Tokens, UnsupportedError, Usage
 from service.metrics import Metrics
+from service.sessions import Sessions
+from service.stops import until
 
-TURNS = 3
-"""User turns of a chat that are routed: the last and the two before it."""
+AHEAD: Final = 4
+"""Pieces of each answer that may wait for a reader."""
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a client asks for; without `max_tokens` the answer may fill the expert's window."""
-
-    prompt: Prompt
-    model: str = AUTO
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    k: int | None = None
-
-    @property
-    def limits(self) -> Limits:
-        """What it asks of the route."""
-        return Limits(k=self.k)
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The route of a request, the text that it was made from, and how long it took."""
+class Answer:
+    """One answer under way, and how many tokens it has cost so far. To be closed."""
 
-    text: str
-    route: Route
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """An answer under way: its first piece is there, so the engine has taken the request. To be closed."""
-
-    decision: Decision
-    prompt_tokens: int
-    _first: Piece
-    _rest: AsyncGenerator[Piece, None]
+    def __init__(self, job: Job, pieces: AsyncGenerator[Piece, None]) -> None:
+        self.job = job
+        self.tokens = 0
+        self.usage = Usage(len(job.tokens))
+        self._pieces = pieces
+        self.first = asyncio.create_task(_next(pieces))
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """All pieces, the last with a finish; their texts may be empty while a stop string is pending."""
-        yield self._first
-        async for piece in self._rest:
-            yield piece
+        yield self._counted(await self.first)
+        async for piece in self._pieces:
+            yield self._counted(piece)
 
     async def whole(self) -> Piece:
         """The answer as one piece."""
         pieces = [piece async for piece in self.pieces()]
+        scored = tuple(each for piece in pieces for each in piece.scored)
         text = "".join(piece.text for piece in pieces)
-        return Piece(text, sum(piece.tokens for piece in pieces), pieces[-1].finish)
+        return Piece(text, self.tokens, pieces[-1].finish, scored, pieces[0].prompt, self.usage)
 
     async def aclose(self) -> None:
         """End the engine's work, if there is any left."""
-        await self._rest.aclose()
+        self.first.cancel()
+        await asyncio.gather(self.first, return_exceptions=True)
+        await self._pieces.aclose()
+
+    def _counted(self, piece: Piece) -> Piece:
+        self.tokens += piece.tokens
+        self.usage = piece.usage or self.usage
+        return piece
 
 
-async def start(request: Request, router: PromptRouter, engine: Engine, metrics: Metrics) -> Completion:
-    """Route once, pin, and wait for the first piece: whatever can be refused is refused here."""
-    decision = decide(request, router)
-    if request.k not in (None, 1):
-        raise RequestError(
-            f"k={request.k} would mix the answers of {request.k} experts, which is not served yet: leave k out",
-            param="k",
-            code="unsupported_value",
-        )
-    job = _prepare(request, decision.route.expert, engine)
-    metrics.decided(decision.route, decision.seconds)
-    pieces = metrics.metered(job, until(request.stop, engine.generate(job)))
-    return Completion(decision, len(job.tokens), await anext(pieces), pieces)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one prompt of a request came to. echoed: text that goes before each answer."""
+
+    request: Request
+    decision: Decision
+    answers: tuple[Answer, ...]
+    echoed: str
+
+    async def aclose(self) -> None:
+        """End all its work."""
+        for answer in self.answers:
+            await answer.aclose()
 
 
-def decide(request: Request, router: PromptRouter) -> Decision:
-    """The one route of a request. Raises RoutingError for an unknown model, RequestError for an impossible k."""
-    began = time.perf_counter()
-    text = text_to_route(request.prompt)
-    try:
-        route = router.route(text, model=request.model, limits=request.limits)
-    except RoutingError as exc:
-        if request.model == AUTO:  # it is always there, so the fault is with k
-            raise RequestError(str(exc), param="k", code="invalid_value") from exc
-        raise
-    if route.reason == "pinned" and request.k not in (None, 1):
-        raise RequestError(f"k={request.k} is for model {AUTO!r}: a pinned expert stands alone", param="k")
-    return Decision(text, route, time.perf_counter() - began)
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A request under way: the engine has taken all of it. Choices are counted through its parts. To be closed."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of the prompts, each counted once."""
+        counts = [part.answers[0].usage for part in self.parts]
+        return Usage(sum(count.prompt for count in counts), sum(count.cached for count in counts))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated so far, those of answers that `best_of` drops with them."""
+        return sum(answer.tokens for answer in self._answers)
+
+    async def whole(self) -> list[Piece]:
+        """Every choice as one piece."""
+        pieces = iter(await _all([answer.whole() for answer in self._answers]))
+        chosen: list[Piece] = []
+        for part in self.parts:
+            answers = [next(pieces) for _ in part.answers]
+            # Stable: the earlier of two that are equally likely.
+            best = sorted(answers, key=_likelihood, reverse=True) if part.request.best_of > part.request.n else answers
+            chosen += best[: part.request.n]
+        return chosen
+
+    async def pieces(self, idle: float = math.inf) -> AsyncGenerator[tuple[int, Piece] | None, None]:
+        """Every choice's pieces as they come, with its number; None whenever nothing came for `idle` seconds."""
+        queue: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue(AHEAD * len(self._answers))
+        pumps = [asyncio.create_task(_pump(i, answer, queue)) for i, answer in enumerate(self._answers)]
+        try:
+            left = len(pumps)
+            while left:
+                try:
+                    async with asyncio.timeout(None if math.isinf(idle) else idle):
+                        index, piece = await queue.get()
+                except TimeoutError:
+                    yield None
+                    continue
+                if isinstance(piece, BaseException):
+                    raise piece
+                left -= piece.finish is not None
+                yield index, piece
+        finally:
+            await _ended(pumps)
+
+    async def aclose(self) -> None:
+        """End the engine's work, if there is any left."""
+        for part in self.parts:
+            await part.aclose()
+
+    @property
+    def _answers(self) -> list[Answer]:
+        return [answer for part in self.parts for answer in part.answers]
 
 
-def evidence(decision: Decision, router: PromptRouter) -> list[Pull]:
-    """The words that spoke most for the chosen expert; none where it was not the scores that chose."""
-    return router.explain(decision.text) if decision.route.reason == "top_score" else []
+async def start(
+    requests: Sequence[Request],
+    router: PromptRouter,
+    engine: Engine,
+    metrics: Metrics,
+    sessions: Sessions,
+    patience: float | None = None,
+) -> Completion:
+    """Route each prompt once, pin, and wait for all first pieces: whatever can be refused is refused here.
 
-
-def text_to_route(prompt: Prompt) -> str:
-    """What of a prompt the router sees: of a chat the last user turns, for only they say what is wanted."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Tokens):
-        return ""
-    turns = [message.content for message in prompt if message.role == "user"]
-    return "\n".join(turns[-TURNS:])
-
-
-async def until(stops: Sequence[str], pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
-    """The pieces up to the first stop string to be complete, whatever the borders; none of it is ever yielded.
-
-    Text that may be the beginning of a stop string is held back until the next piece settles it.
+    After `patience` seconds it returns without them, and what fails then is raised with the pieces.
     """
-    async with aclosing(pieces):
-        held = ""
-        async for piece in pieces:
-            text = held + piece.text
-            cut = _first_stop(text, stops)
-            if cut is not None:
-                await pieces.aclose()  # before the yield: the reader may take its time
-                yield Piece(text[:cut], piece.tokens, "stop")
-                return
-            settled = len(text) if piece.finish else len(text) - _pending(text, stops)
-            held = text[settled:]
-            yield replace(piece, text=text[:settled])
+    deadline = math.inf if patience is None else asyncio.get_running_loop().time() + patience
+    starting = [
+        asyncio.create_task(_start(request, router, engine, metrics, sessions, deadline)) for request in requests
+    ]
+    try:
+        return Completion(tuple(await asyncio.gather(*starting)))
+    except BaseException:
+        for part in await _ended(starting):
+            if isinstance(part, Part):
+                await part.aclose()
+        raise
 
 
-def _prepare(request: Request, expert: str, engine: Engine) -> Job:
-    sampling = Sampling(request.max_tokens, request.temperature, request.top_p, seed=request.seed)
-    return engine.prepare({expert: 1.0}, request.prompt, sampling)
+async def _start(
+    request: Request,
+    router: PromptRouter,
+    engine: Engine,
+    metrics: Metrics,
+    sessions: Sessions,
+    deadline: float,
+) -> Part:
+    """The first attempt that begins. What the engine refuses is refused; where it fails, the next expert is tried."""
+    failures: list[EngineError] = []
+    for attempt in attempts(decide(request, router, engine, sessions)):
+        try:
+            decision, job = _prepare(request, attempt, engine)
+            echoed = _echoed(request, decision, engine)
+            answers = tuple(_answer(each, request, engine, metrics) for each in _jobs(job, request))
+            part = Part(request, decision, answers, echoed)
+            await _begun(part, deadline)
+        except EngineError as exc:
+            failures.append(exc)
+            continue
+        metrics.decided(decision.route, decision.seconds)
+        if decision.session:
+            sessions.answered(decision.session, decision.route.expert)
+        return part
+    raise failures[0]
 
 
-def _first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the stop string begins that ends first: the one that a reader of single characters would meet."""
-    found = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
-    return min(found)[1] if found else None
+def _prepare(request: Request, decision: Decision, engine: Engine) -> tuple[Decision, Job]:
+    """The checked job. Where experts cannot be mixed and nobody insists on it, the first one's alone."""
+    try:
+        return decision, engine.prepare(decision.experts, request.prompt, request.sampling)
+    except UnsupportedError as exc:
+        insists = request.limits.k is not None and request.mixture == "all"
+        if exc.param != "k" or insists or len(decision.experts) == 1:
+            raise
+        alone = best_alone(decision)
+        return alone, engine.prepare(alone.experts, request.prompt, request.sampling)
 
 
-def _pending(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    sizes = (
-        size for stop in stops for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])
-    )
-    return max(sizes, default=0)
+def _jobs(job: Job, request: Request) -> list[Job]:
+    """One for each answer, each with a seed of its own."""
+    seed = job.sampling.seed
+    if seed is None:
+        return [job] * request.best_of
+    return [replace(job, sampling=replace(job.sampling, seed=seed + i)) for i in range(request.best_of)]
+
+
+def _answer(job: Job, request: Request, engine: Engine, metrics: Metrics) -> Answer:
+    pieces = engine.generate(job)
+    if request.stop:
+        pieces = until(request.stop, pieces, keep=request.keep_stop, after=job.sampling.min_tokens)
+    return Answer(job, metrics.metered(job, pieces))
+
+
+def _echoed(request: Request, decision: Decision, engine: Engine) -> str:
+    if not request.echo:
+        return ""
+    assert isinstance(request.prompt, str | Tokens)
+    prompt = request.prompt
+    return prompt if isinstance(prompt, str) else engine.decode(decision.route.expert, prompt.ids)
+
+
+async def _begun(part: Part, deadline: float) -> None:
+    """Wait until every answer has begun, or for the deadline; on a failure, none of them goes on."""
+    firsts = [answer.first for answer in part.answers]
+    seconds = None if math.isinf(deadline) else deadline - asyncio.get_running_loop().time()
+    try:
+        done, _ = await asyncio.wait(firsts, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+        for first in done:
+            first.result()
+    except BaseException:
+        await part.aclose()
+        raise
+
+
+def _likelihood(piece: Piece) -> float:
+    """The mean log-probability of its tokens."""
+    logprobs = [scored.logprob for scored in piece.scored if scored.logprob is not None]
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf
+
+
+async def _next(pieces: AsyncGenerator[Piece, None]) -> Piece:
+    return await anext(pieces)
+
+
+async def _pump(index: int, answer: Answer, queue: asyncio.Queue[tuple[int, Piece | BaseException]]) -> None:
+    try:
+        async with aclosing(answer.pieces()) as pieces:
+            async for piece in pieces:
+                await queue.put((index, piece))
+    except Exception as exc:
+        await queue.put((index, exc))
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all return; the first that fails ends the others."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _ended(tasks)
+
+
+async def _ended(tasks: Iterable[asyncio.Task[T]]) -> list[T | BaseException]:
+    """Cancel tasks and wait for their end: what each returned, or raised."""
+    cancelled = list(tasks)
+    for task in cancelled:
+        task.cancel()
+    return await asyncio.gather(*cancelled, return_exceptions=True)

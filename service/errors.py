@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from routers.errors import ModelGlueError, RoutingError
-from service.engines.base import EngineError, NotReadyError, PromptError
+from service.engines.base import BusyError, EngineError, NotReadyError, PromptError, UnsupportedError
 
 
 class RequestError(ModelGlueError):
@@ -30,7 +31,9 @@ class Kind:
 KINDS: dict[type[Exception], Kind] = {
     RequestError: Kind(400),
     PromptError: Kind(400),
+    UnsupportedError: Kind(400, code="unsupported_value"),
     RoutingError: Kind(404, code="model_not_found"),
+    BusyError: Kind(429, "requests", "rate_limit_exceeded"),
     NotReadyError: Kind(503, "server_error", "loading", {"retry-after": "2"}),
     # Asking again will not revive it: OpenAI's clients, which retry every 5xx, heed this header.
     EngineError: Kind(503, "server_error", "expert_failed", {"x-should-retry": "false"}),
@@ -41,6 +44,13 @@ KINDS: dict[type[Exception], Kind] = {
 def kind(exc: Exception) -> Kind:
     """The most specific kind of `exc`."""
     return next(KINDS[base] for base in type(exc).__mro__ if base in KINDS)
+
+
+def headers(exc: Exception) -> dict[str, str]:
+    """What tells a client whether, and when, to ask again."""
+    if isinstance(exc, BusyError):
+        return {"retry-after": str(math.ceil(exc.after)), "retry-after-ms": str(math.ceil(1000 * exc.after))}
+    return kind(exc).headers
 
 
 def body(exc: Exception) -> dict[str, object]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import ClassVar, Self
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from routers.base import Router, Vector
+from routers.policy import Limits
 from routers.prompt import PromptRouter
-from service.completions import Completion, Request, decide, start, text_to_route, until
-from service.engines.base import Message, Piece, PromptError
+from service.completions import Completion, start
+from service.decisions import Request
+from service.engines.base import BusyError, EngineError, Job, Piece, Prompt, PromptError, Sampling, UnsupportedError
 from service.engines.echo import EchoEngine
-from service.errors import RequestError
 from service.metrics import Metrics
+from service.sessions import Sessions
 
 
 class CountingRouter:
@@ -41,60 +40,35 @@ class CountingRouter:
         raise NotImplementedError
 
 
-def cut(stops: list[str], texts: list[str]) -> Piece:
-    """What a reader of the pieces gets in all; asserts that no piece follows the last."""
+class Recording(EchoEngine):
+    """Keeps its jobs; the experts of `failing` raise it when asked, those of `dying` before their first piece."""
 
-    async def pieces() -> AsyncGenerator[Piece, None]:
-        for text in texts[:-1]:
-            yield Piece(text, 1)
-        yield Piece(texts[-1], 1, "length")
+    def __init__(self, experts: tuple[str, ...], *, mixes: bool = True) -> None:
+        super().__init__(experts, mixes=mixes)
+        self.jobs: list[Job] = []
+        self.failing: dict[str, Exception] = {}
+        self.dying: dict[str, Exception] = {}
 
-    async def read() -> Piece:
-        got = [piece async for piece in until(stops, pieces())]
-        assert [piece.finish is None for piece in got[:-1]] == [True] * (len(got) - 1)
-        return Piece("".join(piece.text for piece in got), sum(piece.tokens for piece in got), got[-1].finish)
+    def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
+        for expert in experts:
+            if expert in self.failing:
+                raise self.failing[expert]
+        return super().prepare(experts, prompt, sampling)
 
-    return asyncio.run(read())
-
-
-def test_a_stop_string_ends_the_answer_and_is_not_in_it() -> None:
-    assert cut(["wo"], ["hello ", "world"]) == Piece("hello ", 2, "stop")
-
-
-def test_a_stop_string_over_the_borders_of_three_pieces_is_never_shown() -> None:
-    assert cut(["END"], ["one E", "N", "D two", "three"]) == Piece("one ", 3, "stop")
-
-
-def test_text_that_only_began_like_a_stop_string_is_given_back() -> None:
-    assert cut(["END"], ["one E", "N", "ough"]) == Piece("one ENough", 3, "length")
-
-
-def test_an_answer_that_ends_in_half_a_stop_string_keeps_it() -> None:
-    assert cut(["END"], ["one ", "EN"]) == Piece("one EN", 2, "length")
-
-
-def test_of_two_stop_strings_the_one_that_is_complete_first_counts() -> None:
-    assert cut(["abcd", "c"], ["ab", "cd"]).text == cut(["abcd", "c"], ["abcd"]).text == "ab"
-
-
-@given(
-    text=st.text("ab#", max_size=12),
-    stops=st.lists(st.text("ab#", min_size=1, max_size=4), max_size=3),
-    borders=st.sets(st.integers(0, 12), max_size=6),
-)
-def test_where_the_pieces_end_makes_no_difference(text: str, stops: list[str], borders: set[int]) -> None:
-    ends = [0, *sorted(borders), len(text)]
-    pieces = [text[i:j] for i, j in itertools.pairwise(ends)]
-    letters = list(text) or [""]
-    assert cut(stops, pieces).text == cut(stops, letters).text
+    async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+        self.jobs.append(job)
+        if job.expert in self.dying:
+            raise self.dying[job.expert]
+        async for piece in super().generate(job):
+            yield piece
 
 
 def test_the_engine_is_done_when_the_stop_string_is_found_not_when_the_reader_returns(router: PromptRouter) -> None:
     engine = EchoEngine(router.experts)
 
     async def read() -> None:
-        completion = await begin(Request("one two three", stop=("two",), max_tokens=3), router, engine)
-        async for piece in completion.pieces():
+        completion = await begin(Request("one two three", Sampling(3), stop=("two",)), router, engine)
+        async for piece in completion.parts[0].answers[0].pieces():
             assert engine.running == (0 if piece.finish else 1)
 
     asyncio.run(read())
@@ -104,48 +78,185 @@ def test_an_answer_closed_before_it_is_read_ends_the_engines_work(router: Prompt
     engine = EchoEngine(router.experts)
 
     async def leave() -> None:
-        completion = await begin(Request("one two three", max_tokens=3), router, engine)
-        assert engine.running == 1
+        completion = await begin(Request("one two three", Sampling(3), n=2, best_of=2), router, engine)
+        assert engine.running == 2
         await completion.aclose()
         assert engine.running == 0
 
     asyncio.run(leave())
 
 
+def test_a_reader_who_leaves_the_pieces_of_several_answers_ends_them_all(router: PromptRouter) -> None:
+    engine = EchoEngine(router.experts, delay=0.01)
+
+    async def leave() -> None:
+        completion = await begin(Request("one two three", Sampling(3), n=3, best_of=3), router, engine)
+        pieces = completion.pieces()
+        await anext(pieces)
+        assert engine.running == 3
+        await pieces.aclose()
+        await completion.aclose()
+        assert (engine.running, engine.finished) == (0, 3)
+
+    asyncio.run(leave())
+
+
 def test_a_prompt_over_the_window_is_refused_before_the_first_piece(router: PromptRouter) -> None:
     with pytest.raises(PromptError, match="window of 4"):
-        asyncio.run(begin(Request("one two three", max_tokens=2), router, EchoEngine(router.experts, window=4)))
+        asyncio.run(begin(Request("one two three", Sampling(2)), router, EchoEngine(router.experts, window=4)))
+
+
+def test_one_refused_prompt_of_several_ends_the_work_on_the_others(router: PromptRouter) -> None:
+    engine = EchoEngine(router.experts, window=4, delay=0.01)
+
+    async def refused() -> None:
+        requests = [Request("one", Sampling(1)), Request("one two three", Sampling(2)), Request("two", Sampling(1))]
+        with pytest.raises(PromptError):
+            await start(requests, router, engine, Metrics(router.experts), Sessions())
+        assert engine.running == 0
+
+    asyncio.run(refused())
 
 
 def test_an_answer_without_a_limit_may_fill_the_window(router: PromptRouter) -> None:
-    async def answer(window: int) -> Piece:
-        return await (await begin(Request("one two three four"), router, EchoEngine(router.experts, window))).whole()
+    async def answer(window: int) -> tuple[str, int, str | None]:
+        completion = await begin(Request("one two three four"), router, EchoEngine(router.experts, window))
+        (piece,) = await completion.whole()
+        return piece.text, piece.tokens, piece.finish
 
-    assert asyncio.run(answer(7)) == Piece("one two three", 3, "length")
-    assert asyncio.run(answer(8)) == Piece("one two three four", 4, "stop")
-
-
-def test_more_than_one_expert_is_refused_with_a_sentence(router: PromptRouter) -> None:
-    with pytest.raises(RequestError, match="k=2 would mix"):
-        asyncio.run(begin(Request("python", max_tokens=1, k=2), router, EchoEngine(router.experts)))
-
-
-def test_of_a_chat_the_last_three_user_turns_are_routed() -> None:
-    turns = ("system", "Be brief."), ("user", "1"), ("user", "2"), ("assistant", "Hm."), ("user", "3"), ("user", "4")
-    assert text_to_route(tuple(Message(*turn) for turn in turns)) == "2\n3\n4"
-
-
-def test_a_chat_without_a_user_goes_to_the_default(router: PromptRouter) -> None:
-    route = decide(Request((Message("system", "python"),)), router).route
-    assert (route.expert, route.reason) == ("story", "no_evidence")
+    assert asyncio.run(answer(7)) == ("one two three", 3, "length")
+    assert asyncio.run(answer(8)) == ("one two three four", 4, "stop")
 
 
 def test_a_route_is_made_once(router: PromptRouter) -> None:
     counting = CountingRouter(router.router)
     engine = EchoEngine(router.experts)
-    completion = asyncio.run(begin(Request("python loop", max_tokens=2), replace(router, router=counting), engine))
-    assert (completion.decision.route.expert, counting.estimates) == ("code", 1)
+    begun = begin(Request("python loop", Sampling(2), n=3, best_of=3), replace(router, router=counting), engine)
+    assert (experts(asyncio.run(begun)), counting.estimates) == (["code"], 1)
+
+
+def test_several_experts_answer_as_one_with_the_routes_weights(router: PromptRouter) -> None:
+    engine = Recording(router.experts)
+    completion = asyncio.run(whole(Request("python loop add", Sampling(2), limits=Limits(k=2)), router, engine))
+    route = completion.parts[0].decision.route
+    assert engine.jobs[0].experts == {ranked.expert: ranked.weight for ranked in route.ranking[:2]}
+    assert sum(engine.jobs[0].experts.values()) == pytest.approx(1)
+
+
+def test_experts_that_cannot_be_mixed_are_refused_unless_the_best_alone_will_do(router: PromptRouter) -> None:
+    engine = Recording(router.experts, mixes=False)
+    request = Request("python loop", Sampling(2), limits=Limits(k=2))
+    with pytest.raises(UnsupportedError, match="cannot be mixed") as caught:
+        asyncio.run(begin(request, router, engine))
+    assert caught.value.param == "k"
+    completion = asyncio.run(whole(replace(request, mixture="best"), router, engine))
+    assert (engine.jobs[0].experts, completion.parts[0].decision.experts) == ({"code": 1.0}, {"code": 1.0})
+
+
+def test_a_bundle_that_mixes_experts_which_cannot_be_answers_with_the_best(router: PromptRouter) -> None:
+    engine = Recording(router.experts, mixes=False)
+    mixing = replace(router, policy=replace(router.policy, k=2))
+    asyncio.run(whole(Request("python loop", Sampling(2)), mixing, engine))
+    assert engine.jobs[0].experts == {"code": 1.0}
+
+
+@pytest.mark.parametrize("failure", [EngineError("code died"), BusyError("code is full")])
+@pytest.mark.parametrize("when", ["failing", "dying"])
+def test_an_expert_that_cannot_begin_is_passed_by(router: PromptRouter, failure: Exception, when: str) -> None:
+    engine = Recording(router.experts)
+    getattr(engine, when)["code"] = failure
+    completion = asyncio.run(whole(Request("python loop", Sampling(2)), router, engine))
+    route, expected = completion.parts[0].decision.route, router.route("python loop").ranking
+    assert (route.expert, route.reason) == (expected[1].expert, "fallback")
+    assert [ranked.expert for ranked in route.ranking] == [expected[i].expert for i in (1, 0, 2)]
+    assert engine.running == 0
+
+
+def test_all_experts_failing_is_the_first_ones_failure(router: PromptRouter) -> None:
+    engine = Recording(router.experts)
+    engine.failing = {name: EngineError(f"{name} died") for name in router.experts}
+    with pytest.raises(EngineError, match="code died"):
+        asyncio.run(begin(Request("python loop", Sampling(2)), router, engine))
+
+
+def test_a_pinned_expert_that_fails_is_not_passed_by(router: PromptRouter) -> None:
+    engine = Recording(router.experts)
+    engine.dying["code"] = EngineError("code died")
+    with pytest.raises(EngineError):
+        asyncio.run(begin(Request("python loop", Sampling(2), "code"), router, engine))
+
+
+def test_what_an_expert_refuses_no_other_is_asked(router: PromptRouter) -> None:
+    engine = Recording(router.experts)
+    engine.failing["code"] = PromptError("too long")
+    with pytest.raises(PromptError):
+        asyncio.run(begin(Request("python loop", Sampling(2)), router, engine))
+    assert engine.jobs == []
+
+
+def test_a_mixture_that_fails_leaves_each_of_the_others_alone(router: PromptRouter) -> None:
+    engine = Recording(router.experts)
+    engine.failing["code"] = EngineError("code died")
+    completion = asyncio.run(whole(Request("python loop", Sampling(2), limits=Limits(k=2)), router, engine))
+    second = router.route("python loop").ranking[1].expert
+    assert completion.parts[0].decision.experts == {second: 1.0}
+
+
+def test_each_of_several_answers_has_a_seed_of_its_own_and_the_same_again(router: PromptRouter) -> None:
+    async def texts(seed: int) -> list[str]:
+        request = Request("one two three", Sampling(1, seed=seed), n=3, best_of=3)
+        return [piece.text for piece in await (await begin(request, router, EchoEngine(router.experts))).whole()]
+
+    assert asyncio.run(texts(0)) == ["one", " two", " three"]
+    assert asyncio.run(texts(1)) == [" two", " three", "one"]
+
+
+def test_the_likeliest_of_several_answers_are_given_and_all_are_counted(router: PromptRouter) -> None:
+    async def best(n: int) -> tuple[list[str], list[float], int]:
+        request = Request("one two three four", Sampling(1, seed=0, logprobs=0), n=n, best_of=4)
+        completion = await begin(request, router, EchoEngine(router.experts))
+        pieces = await completion.whole()
+        return [piece.text for piece in pieces], [piece.scored[0].logprob or 0 for piece in pieces], completion.tokens
+
+    all_, scores, _ = asyncio.run(best(4))
+    expected = [text for _, text in sorted(zip(scores, all_, strict=True), reverse=True)]
+    texts, _, tokens = asyncio.run(best(2))
+    assert (texts, tokens) == (expected[:2], 4)
+
+
+def test_a_slow_answer_is_waited_for_no_longer_than_patience(router: PromptRouter) -> None:
+    engine = EchoEngine(router.experts, delay=0.2)
+
+    async def silences() -> list[bool]:
+        requests = [Request("one two", Sampling(2))]
+        completion = await start(requests, router, engine, Metrics(router.experts), Sessions(), patience=0.01)
+        return [came is None async for came in completion.pieces(idle=0.06)]
+
+    assert asyncio.run(silences()) == [True] * 3 + [False] + [True] * 3 + [False]
+
+
+def test_who_answers_a_session_is_remembered(router: PromptRouter) -> None:
+    sessions, engine = Sessions(), Recording(router.experts)
+    engine.dying["code"] = EngineError("code died")
+
+    async def answer() -> str:
+        request = Request("python loop", Sampling(1), session="mine")
+        async_ = await start([request], router, engine, Metrics(router.experts), sessions)
+        await async_.aclose()
+        return async_.parts[0].decision.route.expert
+
+    assert asyncio.run(answer()) == sessions.last("id:mine") != "code"
+
+
+def experts(completion: Completion) -> list[str]:
+    return [part.decision.route.expert for part in completion.parts]
 
 
 async def begin(request: Request, router: PromptRouter, engine: EchoEngine) -> Completion:
-    return await start(request, router, engine, Metrics(router.experts))
+    return await start([request], router, engine, Metrics(router.experts), Sessions())
+
+
+async def whole(request: Request, router: PromptRouter, engine: EchoEngine) -> Completion:
+    completion = await begin(request, router, engine)
+    await completion.whole()
+    return completion

@@ -30,7 +30,12 @@ def test_a_completion_continues_the_text_and_names_its_expert(client: TestClient
     assert answer["id"].startswith("cmpl-")
     assert (answer["object"], answer["model"]) == ("text_completion", "math")
     assert answer["choices"] == [{"index": 0, "text": "one two three", "logprobs": None, "finish_reason": "stop"}]
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert answer["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 3,
+        "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_a_completion_has_sixteen_tokens_unless_told_otherwise(client: TestClient) -> None:
@@ -154,12 +159,13 @@ def test_a_pinned_expert_answers_whatever_the_prompt(client: TestClient) -> None
     assert (route["expert"], route["reason"], route["words"]) == ("math", "pinned", [])
 
 
-def test_models_are_auto_and_every_expert(client: TestClient) -> None:
+def test_models_are_auto_its_policies_and_every_expert(client: TestClient) -> None:
     models = client.get("/v1/models").json()["data"]
-    assert [model["id"] for model in models] == [AUTO, "math", "code", "story"]
+    assert [model["id"] for model in models] == [AUTO, "auto:best", "auto:cheap", "math", "code", "story"]
     for model in models:
         assert client.get(f"/v1/models/{model['id']}").json() == model
-    assert (models[1]["object"], models[1]["state"], models[1]["window"]) == ("model", "ready", 64)
+    assert (models[3]["object"], models[3]["state"], models[3]["window"]) == ("model", "ready", 64)
+    assert models[3]["facts"] == {"engine": "echo"}
 
 
 def test_ready_when_every_expert_is(client: TestClient) -> None:

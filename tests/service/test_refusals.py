@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from routers.bundle import Bundle
 from service.api import MAX_BODY
 from service.app import create_app
-from service.engines.base import EngineError, Job, NotReadyError, Piece, Prompt, Sampling
+from service.engines.base import BusyError, EngineError, Job, NotReadyError, Piece, Prompt, Sampling
 from service.engines.echo import EchoEngine
 
 USER = {"role": "user", "content": "hi"}
@@ -24,7 +24,7 @@ class Refusing(EchoEngine):
         super().__init__(experts)
         self._failure = failure
 
-    def prepare(self, expert: str, prompt: Prompt, sampling: Sampling) -> Job:
+    def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
         raise self._failure
 
 
@@ -39,10 +39,14 @@ class Stillborn(EchoEngine):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2), ("n", True), ("best_of", 3), ("echo", True), ("logprobs", 0), ("logprobs", 5), ("suffix", "end"),
-        ("logit_bias", {"50": 1}), ("presence_penalty", 0.5), ("frequency_penalty", -1), ("top_k", 5), ("min_p", 0.1),
-        ("repetition_penalty", 1.1), ("ignore_eos", True), ("min_tokens", 1),
-        ("response_format", {"type": "json_object"}),
+        ("suffix", "end"), ("use_beam_search", True), ("length_penalty", 2), ("skip_special_tokens", False),
+        ("spaces_between_special_tokens", False), ("truncate_prompt_tokens", 5), ("truncation_side", "left"),
+        ("allowed_token_ids", [1]), ("prompt_logprobs", 1), ("logprob_token_ids", [1]), ("bad_words", ["no"]),
+        ("prompt_embeds", "x"), ("add_special_tokens", False), ("priority", 1), ("session_id", "x"),
+        ("return_tokens_as_token_ids", True), ("return_token_ids", True), ("return_token_offsets", True),
+        ("cache_salt", "x"), ("kv_transfer_params", {}), ("vllm_xargs", {"a": 1}), ("repetition_detection", {}),
+        ("thinking_token_budget", 1), ("stream_interval", 2), ("guided_choice", ["a"]), ("guided_grammar", "x"),
+        ("tools", [{}]), ("top_logprobs", 1),
     ],
 )  # fmt: skip
 def test_a_completions_field_that_is_not_served(client: TestClient, field: str, value: object) -> None:
@@ -54,11 +58,12 @@ def test_a_completions_field_that_is_not_served(client: TestClient, field: str, 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2), ("logprobs", True), ("top_logprobs", 2), ("tools", [{}]), ("tool_choice", "required"),
-        ("functions", [{}]), ("response_format", {"type": "json_schema"}), ("modalities", ["audio"]), ("audio", {}),
-        ("metadata", {"a": "b"}), ("store", True), ("reasoning_effort", "high"), ("verbosity", "low"),
-        ("prediction", {}), ("service_tier", "flex"), ("web_search_options", {}),
-        ("prompt_cache_key", "x"), ("safety_identifier", "x"),
+        ("tools", [{}]), ("tool_choice", "required"), ("functions", [{}]), ("function_call", {"name": "f"}),
+        ("modalities", ["text", "audio"]), ("audio", {}), ("store", True), ("reasoning_effort", "high"),
+        ("verbosity", "low"), ("prediction", {}), ("web_search_options", {}), ("moderation", {}), ("best_of", 2),
+        ("echo", True), ("suffix", "x"), ("add_special_tokens", True), ("chat_template", "x"),
+        ("chat_template_kwargs", {"a": 1}), ("continue_final_message", True), ("add_generation_prompt", False),
+        ("documents", [{}]), ("mm_processor_kwargs", {"a": 1}), ("include_reasoning", False), ("priority", 1),
     ],
 )  # fmt: skip
 def test_a_chats_field_that_is_not_served(client: TestClient, field: str, value: object) -> None:
@@ -72,8 +77,16 @@ def test_a_chats_field_that_is_not_served(client: TestClient, field: str, value:
         ("temperature", -1), ("temperature", 2.1), ("temperature", "0.5"), ("top_p", 0), ("top_p", 7),
         ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.5), ("seed", 2**63), ("seed", "1"),
         ("stop", ["a"] * 5), ("stop", ""), ("stop", [1]), ("stop", {}), ("stream", "yes"), ("user", 1),
-        ("model", 1), ("k", 0), ("k", "2"),
-        ("prompt", ["a", "b"]), ("prompt", [1, 2]), ("prompt", 1), ("prompt", {}),
+        ("model", 1), ("k", 0), ("k", "2"), ("k", 4), ("mixture", "some"), ("allow", "code"), ("allow", ["gpt"]),
+        ("deny", ["gpt"]), ("cost_weight", -1),
+        ("prompt", 1), ("prompt", {}), ("prompt", []), ("prompt", ["a", 1]), ("prompt", [1, True]), ("prompt", [-1]),
+        ("prompt", [[1], []]), ("prompt", [[1], "a"]), ("prompt", [1.5]),
+        ("n", 0), ("n", 129), ("n", True), ("best_of", 0), ("logprobs", -1), ("logprobs", 6), ("logprobs", True),
+        ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("logit_bias", {"1": 101}), ("logit_bias", {"a": 1}),
+        ("logit_bias", [1]), ("top_k", -2), ("min_p", 1.5), ("repetition_penalty", 0), ("min_tokens", -1),
+        ("min_tokens", 17), ("stop_token_ids", ["a"]), ("ignore_eos", 1), ("response_format", {"type": "xml"}),
+        ("response_format", {"type": "json_schema"}), ("guided_regex", 1),
+        ("metadata", {"a": 1}), ("service_tier", "gold"),
     ],
 )  # fmt: skip
 def test_a_value_out_of_bounds(client: TestClient, field: str, value: object) -> None:
@@ -89,7 +102,8 @@ def test_a_value_out_of_bounds(client: TestClient, field: str, value: object) ->
         ("hi", "messages"),
         (["hi"], "messages[0]"),
         ([{"role": "user"}], "messages[0].content"),
-        ([{"role": "tool", "content": "4"}], "messages[0].role"),
+        ([{"role": "function", "content": "4"}], "messages[0].role"),
+        ([USER, {"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[1].tool_calls"),
         ([USER, {"role": "assistant", "content": None}], "messages[1].content"),
         ([USER | {"name": "Tom"}], "messages[0].name"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages[0].content"),
@@ -115,6 +129,11 @@ def test_an_unknown_field_is_named_with_the_nearest_known_one(client: TestClient
     assert (error["message"], error["code"]) == ("there is no field zzz", "unknown_parameter")
 
 
+def test_an_unknown_field_inside_another_is_named_with_it(client: TestClient) -> None:
+    error = refused(client, "/v1/completions", {"prompt": "hi", "structured_outputs": {"choice": ["a"]}})
+    assert error["message"] == "there is no field structured_outputs.choice"
+
+
 def test_a_chat_with_two_limits(client: TestClient) -> None:
     error = refused(client, "/v1/chat/completions", {"messages": [USER], "max_tokens": 1, "max_completion_tokens": 2})
     assert "send one of them" in error["message"]
@@ -126,12 +145,83 @@ def test_stream_options_without_a_stream(client: TestClient) -> None:
 
 
 def test_an_unknown_stream_option(client: TestClient) -> None:
-    body = {"prompt": "hi", "stream": True, "stream_options": {"continuous_usage_stats": True}}
-    assert refused(client, "/v1/completions", body)["param"] == "stream_options.continuous_usage_stats"
+    body = {"prompt": "hi", "stream": True, "stream_options": {"include_route": True}}
+    assert refused(client, "/v1/completions", body)["param"] == "stream_options.include_route"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_experts_that_cannot_be_mixed(bundle: Bundle, stream: bool) -> None:
+    with TestClient(create_app(bundle, EchoEngine(bundle.router.experts, mixes=False))) as client:
+        error = refused(client, "/v1/completions", {"prompt": "hi", "k": 2, "stream": stream})
+        assert (error["param"], error["code"]) == ("k", "unsupported_value")
+        best = client.post("/v1/completions", json={"prompt": "hi", "k": 2, "mixture": "best"})
+    assert best.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"best_of": 2, "n": 3}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"n": 128, "prompt": ["a"] * 9}, "n"),
+        ({"guided_regex": "a", "guided_json": {}}, "response_format"),
+        ({"response_format": {"type": "text", "json_schema": {"name": "a"}}}, "response_format"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),  # an echo has no grammar
+    ],
+)
+def test_what_cannot_be_together(client: TestClient, asked: dict[str, Any], param: str) -> None:
+    assert refused(client, "/v1/completions", {"prompt": "hi"} | asked)["param"] == param
+
+
+def test_alternatives_of_tokens_that_are_not_reported(client: TestClient) -> None:
+    body = {"messages": [USER], "top_logprobs": 2}
+    assert refused(client, "/v1/chat/completions", body)["param"] == "top_logprobs"
+    body = {"messages": [USER], "logprobs": True, "top_logprobs": 21}
+    assert refused(client, "/v1/chat/completions", body)["param"] == "top_logprobs"
+
+
+def test_a_model_beside_a_header_that_pins_another(client: TestClient) -> None:
+    body = {"prompt": "hi", "model": "code"}
+    response = client.post("/v1/completions", json=body, headers={"x-expert": "math"})
+    assert failure(response, 400)["param"] == "model"
+    response = client.post("/v1/completions", json={"prompt": "hi"}, headers={"x-expert": "gpt"})
+    assert failure(response, 404)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_says_when_to_come_again(bundle: Bundle, stream: bool) -> None:
+    engine = Refusing(bundle.router.experts, BusyError("code has 64 waiting", after=1.2))
+    with TestClient(create_app(bundle, engine)) as client:
+        response = client.post("/v1/completions", json={"prompt": "hi", "stream": stream})
+    assert response.status_code == 429
+    assert (response.headers["retry-after"], response.headers["retry-after-ms"]) == ("2", "1200")
+    assert response.json()["error"] == {
+        "message": "code has 64 waiting", "type": "requests", "param": None, "code": "rate_limit_exceeded"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/embeddings", {}, "input"),
+        ("/v1/embeddings", {"input": []}, "input"),
+        ("/v1/embeddings", {"input": ["a", ""]}, "input"),
+        ("/v1/embeddings", {"input": [[1, 2]]}, "input[0]"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 4}, "dimensions"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, "encoding_format"),
+        ("/v1/embeddings", {"input": "a", "model": "gpt"}, "model"),
+        ("/tokenize", {}, None),
+        ("/tokenize", {"prompt": "a", "messages": [USER]}, None),
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {}, "tokens"),
+    ],
+)
+def test_the_other_endpoints_bodies(client: TestClient, path: str, body: dict[str, Any], param: str | None) -> None:
+    assert refused(client, path, body)["param"] == param
 
 
 def test_more_than_one_expert(client: TestClient) -> None:
-    assert "not served yet" in refused(client, "/v1/completions", {"prompt": "hi", "k": 2})["message"]
     assert refused(client, "/v1/completions", {"prompt": "hi", "k": 9})["param"] == "k"
     assert refused(client, "/route", {"prompt": "hi", "k": 9})["param"] == "k"
     assert refused(client, "/route", {"prompt": "hi", "k": 2, "model": "code"})["param"] == "k"
@@ -168,7 +258,7 @@ def test_a_body_over_the_limit(client: TestClient) -> None:
 
 
 def test_an_unknown_path(client: TestClient) -> None:
-    assert failure(client.get("/v1/embeddings"), 404)["message"] == "there is no GET /v1/embeddings"
+    assert failure(client.get("/v1/images"), 404)["message"] == "there is no GET /v1/images"
 
 
 def test_a_wrong_method(client: TestClient) -> None:

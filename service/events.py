@@ -1,0 +1,78 @@
+"""An answer as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Final
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from service import errors
+from service.completions import Completion
+from service.engines.base import EngineError
+from service.schemas.answers import Writer
+
+HEARTBEAT: Final = 10.0
+"""Seconds of silence after which a comment tells proxies and clients that the stream lives."""
+
+HEADERS: Final = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+DONE: Final = "data: [DONE]\n\n"
+WAITING: Final = ": waiting\n\n"
+
+logger = logging.getLogger(__name__)
+
+
+class EventStream(StreamingResponse):
+    """A completion as server-sent events. However the response ends, the engine's work ends with it."""
+
+    def __init__(
+        self,
+        completion: Completion,
+        writer: Writer,
+        headers: Mapping[str, str],
+        *,
+        counted: bool,
+        heartbeat: float = HEARTBEAT,
+    ) -> None:
+        """counted: a last chunk has the token counts."""
+        events = _events(completion, writer, counted, heartbeat)
+        super().__init__(events, headers={**headers, **HEADERS}, media_type="text/event-stream")
+        self._completion = completion
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._completion):
+            try:
+                await super().__call__(scope, receive, send)
+            except asyncio.CancelledError:  # only a server that stops cancels this; one that leaves is noticed above
+                last = _event(errors.body(EngineError("the service is stopping"))) + DONE
+                await send({"type": "http.response.body", "body": last.encode()})
+
+
+async def _events(completion: Completion, writer: Writer, counted: bool, heartbeat: float) -> AsyncGenerator[str, None]:
+    try:
+        async with aclosing(completion.pieces(heartbeat)) as pieces:
+            begun = set[int]()
+            async for came in pieces:
+                if came is None:
+                    yield WAITING
+                    continue
+                index, piece = came
+                if index not in begun or piece.text or piece.finish or piece.scored:
+                    yield _event(writer.chunk(index, piece))
+                    begun.add(index)
+        if counted:
+            yield _event(writer.count())
+    except Exception as exc:  # the status is sent: an event is all that can still tell
+        experts = ", ".join(part.decision.route.expert for part in completion.parts)
+        logger.exception("a stream of expert %s broke", experts)
+        yield _event(errors.body(exc))
+    yield DONE
+
+
+def _event(data: object) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
