@@ -54,7 +54,7 @@ THEIRS: dict[str, Callable[[], Any]] = {
         KMeans(CLUSTERS, n_init=3, random_state=SEED), FunctionTransformer(one_hot), Ridge(PRIOR)
     ),
     "mlp": lambda: make_pipeline(
-        StandardScaler(), MLPRegressor((HIDDEN,), early_stopping=True, alpha=1.0, random_state=SEED)
+        StandardScaler(), MLPRegressor(hidden_layer_sizes=(HIDDEN,), early_stopping=True, alpha=1.0, random_state=SEED)
     ),
 }
 SPARSE = {"ridge": lambda: Ridge(1.0), "knn": THEIRS["knn"]}
@@ -114,7 +114,7 @@ def told(experts: Any, scores_NE: Any, quality_NE: Any) -> Any:
 def on_words(model: Any, prompts: Any, scores_NE: Any, held_N: Any) -> Any:
     """Estimates from the words alone."""
     texts = np.array(prompts, dtype=object)
-    words = TfidfVectorizer(sublinear_tf=True, min_df=2, maxfeatures_of=20_000)
+    words = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=20_000)
     return model.fit(words.fit_transform(texts[~held_N]), scores_NE[~held_N]).predict(words.transform(texts[held_N]))
 
 
