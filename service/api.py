@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -27,7 +27,7 @@ from service.completions import Completion
 from service.decisions import POLICIES, Decision, estimated_tokens
 from service.engines.base import Engine, Prompt, Sampling, State
 from service.errors import RequestError
-from service.events import EventStream
+from service.events import HEARTBEAT, EventStream
 from service.metrics import Metrics
 from service.schemas import answers
 from service.schemas.answers import Writer
@@ -73,12 +73,17 @@ class Api:
     are several prompts.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine, *, patience: float = PATIENCE, heartbeat: float = HEARTBEAT
+    ) -> None:
+        """patience, heartbeat: seconds."""
         self._bundle = bundle
         self._router = bundle.router
         self._engine = engine
         self._metrics = Metrics(bundle.router.experts)
         self._sessions = Sessions()
+        self._patience = patience
+        self._heartbeat = heartbeat
         self._since = int(time.time())
         self._fingerprint = f"fp_{bundle.manifest.inputs_sha256[:10]}"
 
@@ -150,7 +155,8 @@ class Api:
         body = TokenizeBody.of(await read(request))
         expert = self._expert(body.model)
         ids = self._tokens(expert, body.text)
-        if not body.add_special_tokens and ids[:1] == self._tokens(expert, "")[:1]:
+        # An empty text becomes the mark that texts begin with; a chat's template writes its own.
+        if not body.add_special_tokens and body.messages is None and ids[:1] == self._tokens(expert, "")[:1]:
             ids = ids[1:]
         return {"model": expert, "tokens": ids, "count": len(ids), "max_model_len": self._engine.about(expert).window}
 
@@ -194,9 +200,13 @@ class Api:
         debug = request.headers.get("x-route-debug") == "1"
         if not body.stream:
             return await unless_left(request, self._whole(body, requests, debug))
-        completion = await unless_left(request, self._start(requests, PATIENCE))
-        writer = self._writer(body, completion, debug)
-        return EventStream(completion, writer, _headers(completion), counted=body.include_usage)
+        completion = await unless_left(request, self._start(requests, self._patience))
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(completion.aclose)
+            writer = self._writer(body, completion, debug)
+            stream = EventStream(completion, writer, _headers(completion), body.include_usage, self._heartbeat)
+            stack.pop_all()  # from here on the response closes it
+            return stream
 
     async def _whole(self, body: Body, requests: tuple[decisions.Request, ...], debug: bool) -> Response:
         async with aclosing(await self._start(requests)) as completion:

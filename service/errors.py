@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from routers.errors import ModelGlueError, RoutingError
-from service.engines.base import BusyError, EngineError, NotReadyError, PromptError, UnsupportedError
+from service.engines.base import BusyError, EngineError, NotReadyError, PromptError, UnsupportedError, WindowError
 
 
 class RequestError(ModelGlueError):
@@ -31,6 +31,7 @@ class Kind:
 KINDS: dict[type[Exception], Kind] = {
     RequestError: Kind(400),
     PromptError: Kind(400),
+    WindowError: Kind(400, code="context_length_exceeded"),
     UnsupportedError: Kind(400, code="unsupported_value"),
     RoutingError: Kind(404, code="model_not_found"),
     BusyError: Kind(429, "requests", "rate_limit_exceeded"),

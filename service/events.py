@@ -35,9 +35,8 @@ class EventStream(StreamingResponse):
         completion: Completion,
         writer: Writer,
         headers: Mapping[str, str],
-        *,
         counted: bool,
-        heartbeat: float = HEARTBEAT,
+        heartbeat: float,
     ) -> None:
         """counted: a last chunk has the token counts."""
         events = _events(completion, writer, counted, heartbeat)

@@ -32,6 +32,10 @@ class PromptError(ModelGlueError):
     """A prompt that the expert cannot take: longer than its window, or a chat for a model without a template."""
 
 
+class WindowError(PromptError):
+    """A prompt, or the answer asked for with it, that is over the expert's window."""
+
+
 class UnsupportedError(ModelGlueError):
     """Something asked for that this engine, or these experts, cannot do. param: the request's field."""
 
@@ -193,12 +197,12 @@ class About:
 
 
 def fit(expert: str, prompt: int, window: int, sampling: Sampling) -> Sampling:
-    """Sampling with max_tokens said: what is asked for, or what the window has left. Raises PromptError."""
+    """Sampling with max_tokens said: what is asked for, or what the window has left. Raises WindowError."""
     room = window - prompt
     wanted = room if sampling.max_tokens is None else sampling.max_tokens
     if wanted > room or (sampling.max_tokens is None and room < 1):
         answer = "" if sampling.max_tokens is None else f" and {wanted} of answer"
-        raise PromptError(f"{prompt} tokens of prompt{answer} are over {expert}'s window of {window}")
+        raise WindowError(f"{prompt} tokens of prompt{answer} are over {expert}'s window of {window}")
     return replace(sampling, max_tokens=wanted)
 
 

@@ -7,7 +7,7 @@ import codecs
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from routers.base import Vector
 from routers.prompt import AUTO
@@ -16,6 +16,9 @@ from service.decisions import Decision
 from service.engines.base import Piece, Scored, Usage
 from service.schemas.bodies import Body, ChatBody, CompletionBody
 from service.schemas.fields import Json
+
+NEVER: Final = -9999.0
+"""OpenAI's number for a token that cannot be."""
 
 
 class Choice(Protocol):
@@ -50,7 +53,7 @@ class TextChoice:
     def _logprobs(self, scored: Sequence[Scored]) -> Json:
         return {
             "tokens": [legacy(each) for each in scored],
-            "token_logprobs": [each.logprob for each in scored],
+            "token_logprobs": [None if each.logprob is None else finite(each.logprob) for each in scored],
             "top_logprobs": [_alternatives(each) for each in scored],
             "text_offset": [self._offsets.next(each.raw) for each in scored],
         }
@@ -178,6 +181,11 @@ def embeddings(vectors: Sequence[Vector], tokens: int, *, encoded: bool) -> Json
     return {"object": "list", "data": data, "model": "router", "usage": counts}
 
 
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, NEVER)
+
+
 def legacy(scored: Scored) -> str:
     """A token as OpenAI's completions write it: bytes that are no text by their numbers, so that no two look alike."""
     try:
@@ -200,7 +208,7 @@ def _alternatives(scored: Scored) -> dict[str, float] | None:
     found: dict[str, float] = {}
     for each in (*scored.top, scored):
         if each.logprob is not None:
-            found[legacy(each)] = max(each.logprob, found.get(legacy(each), each.logprob))
+            found[legacy(each)] = max(finite(each.logprob), found.get(legacy(each), NEVER))
     return found
 
 
@@ -210,4 +218,5 @@ def _chat_logprob(scored: Scored) -> Json:
 
 
 def _token(scored: Scored) -> Json:
-    return {"token": scored.text, "logprob": scored.logprob, "bytes": list(scored.raw)}
+    assert scored.logprob is not None  # only a prompt's first token has none, and a chat's prompt is not shown
+    return {"token": scored.text, "logprob": finite(scored.logprob), "bytes": list(scored.raw)}

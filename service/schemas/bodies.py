@@ -366,4 +366,8 @@ def _tokens(ids: Any) -> Tokens:
 
 
 def _schema(schema: str | Json) -> Guide:
-    return Guide("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+    """The form of a schema. Raises RequestError for text that is none."""
+    try:
+        return Guide("json_schema", json.dumps(json.loads(schema) if isinstance(schema, str) else schema))
+    except ValueError as exc:
+        raise RequestError(f"the schema is not JSON: {exc}", "response_format") from exc
