@@ -88,6 +88,7 @@ class RemoteEngine:
         """Starts at the first piece asked for; closing it closes the server's stream."""
         server = self._servers[job.expert]
         path, body = call(job, server.served())
+        server.make_room()  # out of the attempt, for it says nothing of the server
         reading = Reading(job)
         with server.breaker.attempt():
             async with aclosing(server.events(path, body)) as events:

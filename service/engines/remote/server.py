@@ -164,7 +164,6 @@ class Server:
 
         Raises BusyError, NotReadyError, PromptError, UnsupportedError or, later too, EngineError.
         """
-        self.make_room()
         self.waiting += 1
         try:
             opened = await self._open(path, body)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from serving import serve
+from fastapi.testclient import TestClient
+from serving import serve, wait_until
 
 from routers.bundle import Bundle
 from service.app import create_app
@@ -37,6 +38,7 @@ from service.engines.echo import EchoEngine
 from service.engines.remote import Patience, Remote, RemoteEngine, RemoteError
 from service.engines.remote.breaker import Breaker
 from service.engines.remote.events import Event, Events
+from service.engines.several import SeveralEngines
 
 Json = dict[str, Any]
 QUICK: Json = {"every": 0.02, "backoff": 0.01, "misses": 0}
@@ -481,6 +483,29 @@ async def test_prompt_log_probabilities_are_cut_from_the_echo(
 
 
 @in_loop
+async def test_a_token_without_text_in_the_echo_shifts_nothing(upstream: Upstream, url: str) -> None:
+    logprobs = {"tokens": ["<s>", "ab", "c"], "token_logprobs": [None, -3.0, -0.5], "text_offset": [0, 3, 5]}
+    upstream.streams(words("abc", "length", logprobs=logprobs), usage(2, 1), DONE)
+    async with running(url) as engine:
+        pieces = await read(engine, "ab", Sampling(1, logprobs=0, prompt_logprobs=0))
+    assert [scored.text for scored in pieces[0].prompt] == ["<s>", "ab"]
+    assert "".join(piece.text for piece in pieces) == "c"
+
+
+@in_loop
+async def test_an_echo_may_come_in_parts(upstream: Upstream, url: str) -> None:
+    parts = [
+        words(text, finish, logprobs={"tokens": [text], "token_logprobs": [-1.0], "text_offset": [offset]})
+        for offset, (text, finish) in enumerate([("a", None), ("b", None), ("c", "length")])
+    ]
+    upstream.streams(*parts, usage(2, 1), DONE)
+    async with running(url) as engine:
+        pieces = await read(engine, Tokens((7, 8)), Sampling(1, prompt_logprobs=0))
+    assert [[scored.id for scored in piece.prompt] for piece in pieces] == [[7, 8], []]
+    assert "".join(piece.text for piece in pieces) == "c"
+
+
+@in_loop
 async def test_no_answer_at_all_is_one_token_asked_for_and_dropped(upstream: Upstream, url: str) -> None:
     upstream.streams(words("hello", "length"), usage(3, 1), DONE)
     async with running(url) as engine:
@@ -513,10 +538,17 @@ async def test_a_server_without_done_or_usage_chunk_is_read_when_it_has_said_all
 
 def test_events_are_the_same_wherever_the_bytes_are_cut() -> None:
     stream = (
-        ': ping\n\ndata: {"a": "é\u2028\x85"}\r\n\r\ndata:one\rdata: two\r\r'
+        ': ping\n\ndata: {"a": "é\u2028\x85"}\r\n\r\ndata:one\rdata: two\r\ndata\r\rdata: 1\r\n\ndata: 2\n\n'
         "event: error\nid: 7\nretry: 3\ndata: x\n\n\n\ndata\n\ndata: cut"
     ).encode()
-    expected = [Event("", '{"a": "é\u2028\x85"}'), Event("", "one\ntwo"), Event("error", "x"), Event("", "")]
+    expected = [
+        Event("", '{"a": "é\u2028\x85"}'),
+        Event("", "one\ntwo\n"),
+        Event("", "1"),
+        Event("", "2"),
+        Event("error", "x"),
+        Event("", ""),
+    ]
     for size in (1, 2, 3, 7, len(stream)):
         events = Events()
         found = [event for i in range(0, len(stream), size) for event in events.feed(stream[i : i + size])]
@@ -780,8 +812,20 @@ async def test_a_server_that_fails_again_and_again_is_left_alone_then_tried_once
 
 
 @in_loop
-async def test_refusals_of_the_request_do_not_count_as_failures(upstream: Upstream, url: str) -> None:
-    upstream.refuses(400, {"error": {"message": "no"}})
+async def test_others_may_ask_as_soon_as_the_try_gets_a_first_byte(upstream: Upstream, url: str) -> None:
+    upstream.refuses(500)
+    upstream.streams(words("hello"), stalls=True)
+    async with running(url, failures=1, pause=0) as engine:
+        await failure(engine)
+        async with aclosing(engine.generate(engine.prepare(OWL, "hi", GREETING))) as pieces:
+            await anext(pieces)
+            assert engine.status()["owl"].state == "ready"
+
+
+@pytest.mark.parametrize("status", [400, 429])
+@in_loop
+async def test_refusals_do_not_count_as_failures(upstream: Upstream, url: str, status: int) -> None:
+    upstream.refuses(status, {"error": {"message": "no"}})
     async with running(url, failures=1) as engine:
         await failure(engine)
         assert engine.status()["owl"].state == "ready"
@@ -1055,3 +1099,14 @@ async def test_a_prompt_over_the_other_services_window_is_refused_in_its_words(s
         failed = await failure(engine, "word " * 80, Sampling(8))
     assert isinstance(failed, PromptError)
     assert "80 tokens of prompt and 8 of answer" in str(failed)
+
+
+def test_a_bundle_is_served_by_local_and_remote_experts_alike(bundle: Bundle, service: str, echo: EchoEngine) -> None:
+    here = EchoEngine(("code", "story"))
+    there = RemoteEngine({"math": Remote(service, "math")}, Patience(**QUICK))
+    with TestClient(create_app(bundle, SeveralEngines({"math": there, "code": here, "story": here}))) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        for expert in bundle.router.experts:
+            body = {"model": expert, "prompt": "one two"}
+            assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == "one two"
+    assert (here.finished, echo.finished) == (2, 1)
