@@ -20,7 +20,7 @@
 #define FOR_512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #define FOR_256 __attribute__((target("avx2,fma")))
 #define FOR_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
-#define WIDE __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define X86 0
 #define WIDE
@@ -424,6 +424,7 @@ INLINE void attend_heads(const Attend *job, const float *queries, const void *co
         F16 sums[GROUP] = {{0}};
         for (int64_t d = 0; d < width; d += 16) {
             F16 lanes = load_16(key, d, wide);
+#pragma GCC unroll 4
             for (int head = 0; head < count; head++) sums[head] += lanes * load_16(queries + head * width, d, 1);
         }
         for (int head = 0; head < count; head++) scores[head][token] = total(sums[head]) * job->scale;
@@ -445,6 +446,7 @@ INLINE void attend_heads(const Attend *job, const float *queries, const void *co
         for (int64_t token = first; token < last; token++) {
             const void *value = at(keys[token / PAGE], values + token % PAGE * width, wide);
             F16 left = load_16(value, d, wide), right = load_16(value, more ? d + 16 : d, wide);
+#pragma GCC unroll 4
             for (int head = 0; head < count; head++) {
                 low[head] += left * scores[head][token];
                 high[head] += right * scores[head][token];
