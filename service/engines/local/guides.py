@@ -32,10 +32,9 @@ class Matcher:
         self._check()
 
     def accept(self, token: int) -> None:
-        """Go on by a token; after an end-of-sequence one, any. Raises EngineError for one that the guide rules out."""
-        if self._inner.stop_reason() != "EndOfSentence":
-            self._inner.consume_token(token)
-            self._check()
+        """Go on by a token. Raises EngineError for one that the guide rules out."""
+        self._inner.consume_token(token)
+        self._check()
 
     @property
     def finished(self) -> bool:
