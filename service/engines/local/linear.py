@@ -68,8 +68,14 @@ class Levels:
             return self.levels_NK
         if self.bases_NG is None:
             return (self.levels_NK * self.scales[:, None]).bfloat16()
-        levels_NGI = self.levels_NK.unflatten(1, (-1, GROUP)).float()
-        return (levels_NGI * self.scales[:, :, None] + self.bases_NG[:, :, None]).flatten(1).bfloat16()
+        levels_NGI = self.levels_NK.view(len(self.levels_NK), -1, GROUP).float()
+        restored_NGI = levels_NGI * self.scales[:, :, None] + self.bases_NG[:, :, None]
+        return restored_NGI.flatten(1).bfloat16()
+
+    def of(self, ids_T: Tensor) -> Levels:
+        """Of some rows."""
+        parts = (None if part is None else part[ids_T] for part in (self.scales, self.bases_NG))
+        return Levels(self.levels_NK[ids_T], *parts)
 
 
 def _int8(weight_NK: Tensor) -> Levels:
@@ -82,22 +88,21 @@ def _int4(weight_NK: Tensor) -> Levels:
     """Of the ranges tried, each group has the one of least squared error."""
     if weight_NK.shape[1] % GROUP:
         raise EngineError(f"a weight with {weight_NK.shape[1]} inputs cannot be int4: it takes multiples of {GROUP}")
-    wide_NGI = weight_NK.float().unflatten(1, (-1, GROUP))
+    wide_NGI = weight_NK.float().reshape(len(weight_NK), -1, GROUP)
     low_NG, high_NG = wide_NGI.aminmax(dim=2)
     middle_NG, range_NG = (low_NG + high_NG) / 2, (high_NG - low_NG).clamp(min=1e-30)
-    best: tuple[Tensor, ...] = ()
+    least_NG = torch.full_like(low_NG, torch.inf)
+    levels_NGI = torch.empty_like(wide_NGI, dtype=torch.uint8)
+    scales_NG, bases_NG = (torch.empty_like(low_NG, dtype=torch.bfloat16) for _ in range(2))
     for part in _SHRINK:
-        scales_NG = (range_NG * part / 15).bfloat16()
-        bases_NG = (middle_NG - range_NG * part / 2).bfloat16()
-        levels_NGI = ((wide_NGI - bases_NG[:, :, None]) / scales_NG[:, :, None]).round_().clamp_(0, 15)
-        loss_NG = (levels_NGI * scales_NG[:, :, None] + bases_NG[:, :, None] - wide_NGI).pow_(2).sum(2)
-        found = (loss_NG, levels_NGI.to(torch.uint8), scales_NG, bases_NG)
-        if best:
-            better_NG = loss_NG < best[0]
-            masks = (better_NG, better_NG[:, :, None], better_NG, better_NG)
-            found = tuple(torch.where(mask, new, old) for mask, new, old in zip(masks, found, best, strict=True))
-        best = found
-    return Levels(best[1].flatten(1), best[2], best[3])
+        scale_NG, base_NG = (range_NG * part / 15).bfloat16(), (middle_NG - range_NG * part / 2).bfloat16()
+        tried_NGI = ((wide_NGI - base_NG[:, :, None]) / scale_NG[:, :, None]).round_().clamp_(0, 15)
+        loss_NG = (tried_NGI * scale_NG[:, :, None] + base_NG[:, :, None] - wide_NGI).pow_(2).sum(2)
+        better_NG = loss_NG < least_NG
+        least_NG = torch.minimum(loss_NG, least_NG)
+        levels_NGI[better_NG] = tried_NGI[better_NG].to(torch.uint8)
+        scales_NG[better_NG], bases_NG[better_NG] = scale_NG[better_NG], base_NG[better_NG]
+    return Levels(levels_NGI.flatten(1), scales_NG, bases_NG)
 
 
 _LEVELS = {"int8": _int8, "int4": _int4}
@@ -126,9 +131,7 @@ class Quantised(Linear):
         return F.linear(x_TK, self._levels.restored().to(x_TK.dtype), self._bias_N)
 
     def rows(self, ids_T: Tensor) -> Tensor:
-        levels = self._levels
-        parts = (levels.levels_NK, levels.scales, levels.bases_NG)
-        return Levels(*(part if part is None else part[ids_T] for part in parts)).restored()
+        return self._levels.of(ids_T).restored()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +146,14 @@ class Laid:
 def _panels(levels: Levels) -> Laid:
     """fp32 [P, K, PANEL]; bf16 and int8 [P, K / 2, PANEL, 2]; int4 as kernels.c says at unpack_int4."""
     padded_NK = _padded(levels.levels_NK)
+    count = len(padded_NK) // PANEL
     if padded_NK.dtype == torch.float32:
-        return Laid(padded_NK.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous(), None, None)
-    if levels.bases_NG is None:
-        pairs = padded_NK.view(len(padded_NK) // PANEL, PANEL, -1, 2)
+        return Laid(padded_NK.view(count, PANEL, -1).transpose(1, 2).contiguous(), None, None)
+    if levels.scales is None or levels.bases_NG is None:
+        pairs = padded_NK.view(count, PANEL, -1, 2)
         return Laid(pairs.transpose(1, 2).contiguous(), levels.scales, None)
-    assert levels.scales is not None
-    halves = padded_NK.view(len(padded_NK) // PANEL, 2, 2, 8, -1, 2).permute(0, 4, 1, 3, 5, 2).contiguous()
-    groups = torch.stack((_padded(levels.scales), _padded(levels.bases_NG)), dim=2).unflatten(0, (-1, PANEL))
+    halves = padded_NK.view(count, 2, 2, 8, -1, 2).permute(0, 4, 1, 3, 5, 2).contiguous()
+    groups = torch.stack((_padded(levels.scales), _padded(levels.bases_NG)), dim=2).view(count, PANEL, -1, 2)
     return Laid(halves[..., 0] | halves[..., 1] << 4, None, groups.transpose(1, 2).contiguous())
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from service.engines.base import Message, PromptError
 from service.engines.local.expert import Expert
-from service.engines.local.text import Detokenizer, encode
+from service.engines.local.text import Alphabet, Detokenizer, encode
 
 TEXTS = ["the owl  was\n\n afraid.", " naïve — 日本語 👍🏽👩‍👩‍👧 ok", "é", "👍", "  ", ""]
 
@@ -30,7 +30,7 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def expert_with(tokenizer: Any, window: int = 64) -> Expert:
-    return Expert("owl", None, tokenizer, window, frozenset())
+    return Expert("owl", None, tokenizer, window, frozenset(), Alphabet(tokenizer), None)  # type: ignore[arg-type]
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
