@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlsplit
 
+import httpx
+
 from routers.errors import ModelGlueError
 
 
@@ -30,8 +32,8 @@ class Remote:
     def __post_init__(self) -> None:
         try:
             parts = urlsplit(self.url)
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
+            usable = parts.scheme in ("http", "https") and httpx.URL(self.url).host and parts.port != 0
+        except (ValueError, httpx.InvalidURL):
             usable = False
         if not usable:
             raise RemoteError(f"{self.url!r} is not the address of a server: write http://HOST:PORT")

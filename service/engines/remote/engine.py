@@ -15,12 +15,12 @@ from service.engines.base import (
     Load,
     Piece,
     Prompt,
-    PromptError,
     Sampling,
     Status,
     Tokens,
     UnsupportedError,
     Usage,
+    WindowError,
     fit,
 )
 from service.engines.remote.address import Remote
@@ -81,7 +81,7 @@ class RemoteEngine:
             return Job(experts, prompt.ids, fit(expert, len(prompt.ids), served.window, sampling), prompt)
         wanted = served.window if sampling.max_tokens is None else sampling.max_tokens
         if sampling.max_tokens is not None and wanted >= served.window:
-            raise PromptError(f"{wanted} tokens of answer leave no room in {expert}'s window of {served.window}")
+            raise WindowError(f"{wanted} tokens of answer leave no room in {expert}'s window of {served.window}")
         return Job(experts, (), replace(sampling, max_tokens=wanted), prompt)
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:

@@ -11,7 +11,7 @@ import httpx
 from pydantic_core import from_json
 
 from routers.errors import ModelGlueError
-from service.engines.base import BusyError, EngineError, NotReadyError, PromptError, UnsupportedError
+from service.engines.base import BusyError, EngineError, NotReadyError, PromptError, UnsupportedError, WindowError
 
 RETRIED: Final = (429, 502, 503, 504)
 """What a server may have got over by the next try."""
@@ -35,7 +35,9 @@ def refusal(expert: str, response: httpx.Response, body: bytes) -> ModelGlueErro
     if status not in OF_THE_REQUEST:
         return EngineError(f"{expert}'s server answers {status}: {reason}")
     sentence = f"{expert}'s server refuses this: {reason}"
-    if param is None or param in OF_THE_PROMPT or code in TOO_LONG:
+    if code in TOO_LONG:
+        return WindowError(sentence)
+    if param is None or param in OF_THE_PROMPT:
         return PromptError(sentence)
     return UnsupportedError(sentence, param)
 

@@ -287,6 +287,9 @@ class Server:
             found = Status("failed", f"its server cannot be reached: {_reason(exc)}")
         except ValidationError:
             found = Status("failed", "its server lists its models in another form than OpenAI's")
+        except Exception as exc:  # or nobody would look again
+            log.exception("%s at %s cannot be looked at", self._expert, self._remote.url)
+            found = Status("failed", f"its server cannot be asked: {exc!r}")
         self._settle(found)
 
     def _settle(self, found: Status) -> None:

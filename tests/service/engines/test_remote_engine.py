@@ -33,6 +33,7 @@ from service.engines.base import (
     Tokens,
     UnsupportedError,
     Usage,
+    WindowError,
 )
 from service.engines.echo import EchoEngine
 from service.engines.remote import Patience, Remote, RemoteEngine, RemoteError
@@ -367,7 +368,7 @@ async def test_what_cannot_be_asked_is_refused_before_the_server_hears_of_it(ups
             engine.prepare(OWL, "hi", Sampling())
         with pytest.raises(UnsupportedError) as scored_chat:
             engine.prepare(OWL, CHAT, Sampling(8, prompt_logprobs=1))
-        with pytest.raises(PromptError, match="64 tokens of answer leave no room in owl's window of 64"):
+        with pytest.raises(WindowError, match="64 tokens of answer leave no room in owl's window of 64"):
             engine.prepare(OWL, "hi", Sampling(WINDOW))
         with pytest.raises(PromptError, match="3 tokens of prompt and 62 of answer"):
             engine.prepare(OWL, Tokens((1, 2, 3)), Sampling(62))
@@ -674,7 +675,7 @@ async def test_connections_are_used_again(upstream: Upstream, url: str) -> None:
         (
             400,
             {"error": {"message": "over", "param": "n", "type": "exceed_context_size_error"}},
-            PromptError,
+            WindowError,
             None,
             "over",
         ),
@@ -1041,6 +1042,7 @@ def test_an_expert_and_its_server_are_read_from_one_word(text: str, name: str, r
         "owl=http://",
         "owl=http://host:port",
         "owl=http://[host",
+        "owl=http://host\x01",
         "owl=http://me:secret@host",
         "owl=http://host?key=secret",
     ],
@@ -1097,7 +1099,7 @@ async def test_a_reader_who_leaves_ends_the_other_services_work(service: str, ec
 async def test_a_prompt_over_the_other_services_window_is_refused_in_its_words(service: str) -> None:
     async with running(Remote(service, "math")) as engine:
         failed = await failure(engine, "word " * 80, Sampling(8))
-    assert isinstance(failed, PromptError)
+    assert isinstance(failed, WindowError)
     assert "80 tokens of prompt and 8 of answer" in str(failed)
 
 
