@@ -231,6 +231,26 @@ def test_a_chat_streams_each_choices_role_once_and_its_log_probabilities(client:
         assert "".join(tokens[index]) == "write a python loop"
 
 
+class HalfCharacters(EchoEngine):
+    """Writes an é in two tokens, after one without text."""
+
+    async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+        asked = job.sampling.logprobs is not None
+        for raw, text in ((b"", ""), (b"\xc3", ""), (b"\xa9", "é")):
+            yield Piece(text, 1, "length" if text else None, (Scored(0, raw, -1.0),) if asked else ())
+
+
+def test_tokens_without_text_are_in_a_stream_only_with_their_log_probabilities(bundle: Bundle) -> None:
+    with TestClient(create_app(bundle, HalfCharacters(bundle.router.experts))) as client:
+        body = CHAT | {"stream": True}
+        plain = events(client.post("/v1/chat/completions", json=body))
+        scored = events(client.post("/v1/chat/completions", json=body | {"logprobs": True}))
+    deltas = [chunk["choices"][0]["delta"] for chunk in plain]
+    assert deltas == [{"role": "assistant", "content": ""}, {"content": "é"}]  # the first tells that it has begun
+    tokens = [token["bytes"] for chunk in scored for token in chunk["choices"][0]["logprobs"]["content"]]
+    assert tokens == [[], [0xC3], [0xA9]]
+
+
 def test_a_stream_counts_as_it_goes_when_asked(client: TestClient) -> None:
     body = {
         "prompt": "one two",

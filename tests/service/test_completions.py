@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 from typing import ClassVar, Self
 
@@ -118,6 +119,27 @@ def test_one_refused_prompt_of_several_ends_the_work_on_the_others(router: Promp
     asyncio.run(refused())
 
 
+def test_a_prompt_that_fails_late_ends_the_answers_that_have_begun(router: PromptRouter) -> None:
+    class LateDeath(EchoEngine):
+        async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+            if len(job.tokens) == 2:
+                await asyncio.sleep(0.05)
+                raise EngineError(f"{job.expert} died")
+            async with aclosing(super().generate(job)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    engine = LateDeath(router.experts)
+
+    async def failed() -> None:
+        requests = [Request("one two three", Sampling(3)), Request("one two", Sampling(2), "code")]
+        with pytest.raises(EngineError):
+            await start(requests, router, engine, Metrics(router.experts), Sessions())
+        assert (engine.running, engine.finished) == (0, 1)
+
+    asyncio.run(failed())
+
+
 def test_an_answer_without_a_limit_may_fill_the_window(router: PromptRouter) -> None:
     async def answer(window: int) -> tuple[str, int, str | None]:
         completion = await begin(Request("one two three four"), router, EchoEngine(router.experts, window))
@@ -200,6 +222,20 @@ def test_a_mixture_that_fails_leaves_each_of_the_others_alone(router: PromptRout
     completion = asyncio.run(whole(Request("python loop", Sampling(2), limits=Limits(k=2)), router, engine))
     second = router.route("python loop").ranking[1].expert
     assert completion.parts[0].decision.experts == {second: 1.0}
+
+
+def test_a_mixture_that_fails_as_such_leaves_its_first_expert_alone(router: PromptRouter) -> None:
+    class Unmixed(EchoEngine):
+        def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
+            if len(experts) > 1:
+                raise EngineError("no memory for two")
+            return super().prepare(experts, prompt, sampling)
+
+    completion = asyncio.run(
+        whole(Request("python loop", Sampling(2), limits=Limits(k=2)), router, Unmixed(router.experts))
+    )
+    decision = completion.parts[0].decision
+    assert (decision.experts, decision.route.reason) == ({"code": 1.0}, "fallback")
 
 
 def test_each_of_several_answers_has_a_seed_of_its_own_and_the_same_again(router: PromptRouter) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,9 @@ from routers.prompt import AUTO, PromptRouter
 from service.app import create_app
 from service.engines.base import BusyError, EngineError, Job, NotReadyError, Prompt, Sampling
 from service.engines.echo import EchoEngine
+from service.schemas.bodies import ChatBody, CompletionBody
+from service.schemas.fields import Strict
+from service.schemas.queries import EmbeddingsBody
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "write a python loop"}]
 
@@ -269,3 +273,19 @@ def test_a_client_that_times_out_ends_the_work(bundle: Bundle) -> None:
             client.completions.create(model=AUTO, prompt="a b", n=3)
         wait_until(lambda: engine.finished == 3, seconds=2)
         assert engine.running == 0
+
+
+@pytest.mark.parametrize(
+    ("create", "body"),
+    [
+        (openai.resources.Completions.create, CompletionBody),
+        (openai.resources.chat.Completions.create, ChatBody),
+        (openai.resources.Embeddings.create, EmbeddingsBody),
+    ],
+)
+def test_every_field_that_the_client_can_send_is_served_or_refused_by_name(
+    create: Callable[..., object], body: type[Strict]
+) -> None:
+    own = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    fields = inspect.signature(inspect.unwrap(create)).parameters.keys() - own
+    assert fields <= body.model_fields.keys() | body.neutral.keys()

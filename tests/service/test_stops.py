@@ -99,6 +99,11 @@ def test_a_stop_string_before_the_least_number_of_tokens_ends_nothing() -> None:
     assert [text for text, _ in scored(["b"], ["a", "b", "c", "b", "d"], after=3)] == ["a", "b", "c", ""]
 
 
+def test_a_token_without_text_goes_with_the_text_before_it() -> None:
+    assert scored(["END"], ["a", "", "b"]) == [("a", ["a"]), ("", [""]), ("b", ["b"])]
+    assert scored(["END"], ["a", ""]) == [("a", ["a"]), ("", [""])]
+
+
 def joined(read: Sequence[tuple[str, list[str]]]) -> tuple[str, list[str]]:
     return "".join(text for text, _ in read), [token for _, tokens in read for token in tokens]
 

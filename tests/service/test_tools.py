@@ -24,7 +24,8 @@ class Marked(EchoEngine):
     """Begins every text, also an empty one, with a mark, as many tokenizers do."""
 
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
-        return super().prepare(experts, f"<s> {prompt}" if isinstance(prompt, str) else prompt, sampling)
+        text = prompt if isinstance(prompt, str) else "a chat"
+        return super().prepare(experts, f"<s> {text}", sampling)
 
 
 def test_embeddings_are_the_vectors_that_prompts_are_routed_by(client: TestClient, router: PromptRouter) -> None:
@@ -61,6 +62,8 @@ def test_special_tokens_can_be_left_out(bundle: Bundle) -> None:
             for prompt in ("one two", "")
             for marks in (True, False)
         ]
+        chat = {"messages": [{"role": "user", "content": "x"}], "add_special_tokens": False}
+        assert client.post("/tokenize", json=chat).json()["count"] == 3  # the template's own mark stays
     assert counts == [3, 2, 1, 0]
 
 
