@@ -24,7 +24,7 @@ from routers.explain import Detail, explain
 from routers.policy import pin
 from service import completions, decisions, errors
 from service.completions import Completion
-from service.decisions import POLICIES, Decision, estimated_tokens
+from service.decisions import POLICIES, Decision, estimated_tokens, read_tokens
 from service.engines.base import Engine, Prompt, Sampling, State
 from service.errors import RequestError
 from service.events import HEARTBEAT, EventStream
@@ -163,7 +163,7 @@ class Api:
     async def detokenize(self, request: Request) -> Json:
         """Tokens as text."""
         body = DetokenizeBody.of(await read(request))
-        return {"prompt": self._engine.decode(self._expert(body.model), body.tokens)}
+        return {"prompt": read_tokens(self._expert(body.model), body.tokens, self._engine, "tokens")}
 
     async def models(self) -> Json:
         """`auto`, its policies, and every expert."""

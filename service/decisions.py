@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
@@ -126,9 +126,17 @@ def text_to_route(prompt: Prompt, router: PromptRouter, engine: Engine, *, pinne
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Tokens):
-        return "" if pinned else engine.decode(router.policy.default, prompt.ids)
+        return "" if pinned else read_tokens(router.policy.default, prompt.ids, engine, "prompt")
     turns = [message.content for message in prompt if message.role == "user"]
     return "\n".join(turns[-TURNS:])
+
+
+def read_tokens(expert: str, ids: Sequence[int], engine: Engine, param: str) -> str:
+    """The text of tokens that a client sent in the field `param`. Raises RequestError for ids that cannot be any."""
+    try:
+        return engine.decode(expert, ids)
+    except OverflowError as exc:  # what tokenizers say to a number that is larger than theirs
+        raise RequestError(f"{param} has a number that is no token of {expert}'s", param) from exc
 
 
 def estimated_tokens(prompt: Prompt, features: Features) -> int:

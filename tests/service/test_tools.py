@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -65,6 +66,22 @@ def test_special_tokens_can_be_left_out(bundle: Bundle) -> None:
         chat = {"messages": [{"role": "user", "content": "x"}], "add_special_tokens": False}
         assert client.post("/tokenize", json=chat).json()["count"] == 3  # the template's own mark stays
     assert counts == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/detokenize", "tokens"), ("/v1/completions", "prompt"), ("/route", "prompt")]
+)
+def test_a_number_that_is_too_large_for_a_token_is_refused(bundle: Bundle, path: str, field: str) -> None:
+    class Real(EchoEngine):
+        """Reads tokens as real tokenizers do."""
+
+        def decode(self, expert: str, ids: Sequence[int]) -> str:
+            array("L", ids)
+            return ""
+
+    with TestClient(create_app(bundle, Real(bundle.router.experts))) as client:
+        response = client.post(path, json={field: [10**30]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
 
 
 def test_a_tokens_model_must_be_there(client: TestClient) -> None:
