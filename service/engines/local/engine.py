@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -34,10 +34,11 @@ from service.engines.base import (
     Usage,
     fit,
 )
-from service.engines.local.expert import Expert, Loading, best_dtype, config_of, load, shape_of
+from service.engines.local.expert import Expert, Loading, best_dtype, config_of, read, shape_of
 from service.engines.local.linear import Kind
 from service.engines.local.memory import Memory
 from service.engines.local.request import Prompted, Request, Token
+from service.engines.local.residence import failed_to_load
 from service.engines.local.sampler import Pick, Row
 from service.engines.local.text import Detokenizer, encode
 from service.engines.local.worker import Delivery, Worker
@@ -50,7 +51,6 @@ SHARE = 0.25
 """Of the free memory, for keys and values, unless it is said."""
 MOST_SHARE = 8 << 30
 PAGES_A_CHUNK = 8
-LOADERS = 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Options:
 
     most: requests of an expert that run at a time; queue: those that wait at most. chunk: tokens of prompts in a round.
     kv_bytes: of key-value memory, for all experts together; None is a share of what is free. dtype: bf16 where the
-    machine computes in it, else fp32. kind: of the linear layers, None as they are. threads: `default_threads`.
+    machine computes in it, else fp32. kinds: of the linear layers of the
+    experts that are named. memory_bytes: of all experts' weights, the others wait on disk; patience: seconds until who
+    waits for that memory is let in. threads: `default_threads`.
     """
 
     most: int = 64
@@ -67,7 +69,9 @@ class Options:
     chunk: int = 256
     kv_bytes: int | None = None
     dtype: torch.dtype | None = None
-    kind: Kind | None = None
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    patience: float = 5.0
     threads: int | None = None
     device: str | None = None
 
@@ -78,14 +82,22 @@ class LocalEngine:
     def __init__(self, folders: Mapping[str, Path], options: Options = Options()) -> None:
         self._folders, self._options = dict(folders), options
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._how = Loading(options.dtype or best_dtype(device), device, options.kind)
+        self._how = Loading(options.dtype or best_dtype(device), device, options.kinds)
         self._status = dict.fromkeys(folders, Status("loading"))
         self._experts: dict[str, Expert] = {}
         self._open: set[Request] = set()
         self._waiting = dict.fromkeys(folders, 0)
         self._loop: asyncio.AbstractEventLoop | None = None
         threads = options.threads or default_threads()
-        self._worker = Worker(self._deliver, most=options.most, chunk=options.chunk, threads=threads)
+        self._worker = Worker(
+            self._deliver,
+            self._tell,
+            most=options.most,
+            chunk=options.chunk,
+            threads=threads,
+            memory_bytes=options.memory_bytes,
+            patience=options.patience,
+        )
         self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
 
     def status(self) -> dict[str, Status]:
@@ -110,9 +122,11 @@ class LocalEngine:
         first = loaded[0]
         if len({expert.alphabet.digest for expert in loaded}) > 1:
             raise UnsupportedError(f"{', '.join(experts)} have different vocabularies: they cannot be mixed", "k")
+        if sum(expert.bytes for expert in loaded) > (self._options.memory_bytes or math.inf):
+            raise UnsupportedError(f"{', '.join(experts)} do not fit into the memory budget together", "k")
         tokens = prompt.ids if isinstance(prompt, Tokens) else encode(first, prompt)
-        if isinstance(prompt, Tokens) and not all(0 <= id_ < first.model.vocabulary for id_ in tokens):
-            raise PromptError(f"a token of the prompt is not one of {first.name}'s {first.model.vocabulary}")
+        if isinstance(prompt, Tokens) and not all(0 <= id_ < first.vocabulary for id_ in tokens):
+            raise PromptError(f"a token of the prompt is not one of {first.name}'s {first.vocabulary}")
         if not tokens:
             raise PromptError("the prompt has no tokens")
         window = min(expert.window for expert in loaded)
@@ -176,7 +190,7 @@ class LocalEngine:
         guide, matcher = job.sampling.guide, None
         if guide is not None:
             matcher = await asyncio.to_thread(expert.guides.matcher, guide)
-        return Request(job, Row(job.sampling, job.tokens, expert.eos, expert.model.vocabulary, matcher))
+        return Request(job, Row(job.sampling, job.tokens, expert.eos, expert.vocabulary, matcher))
 
     def _expert(self, name: str) -> Expert:
         status = self.status()[name]
@@ -187,25 +201,19 @@ class LocalEngine:
         return self._experts[name]
 
     def _load(self) -> None:
-        """In the loader's thread: experts side by side; one that fails leaves the others serving."""
+        """In the loader's thread: one expert after another; one that fails leaves the others serving."""
         memory = self._memory()
-        with ThreadPoolExecutor(LOADERS, "loader") as pool:
-            for name, folder in self._folders.items():
-                if self._status[name].state == "loading":
-                    pool.submit(self._load_one, name, folder, memory)
-
-    def _load_one(self, name: str, folder: Path, memory: Memory) -> None:
-        if self._worker.failure:
-            return
-        try:
-            expert = load(name, folder, self._how, lambda share: self._tell(name, share))
-            self._worker.add(expert, memory)
-        except Exception as exc:  # transformers raises whatever it meets in the folder
-            log.exception("%s failed to load", name)
-            self._status[name] = _failed(folder, exc)
-        else:
-            self._experts[name] = expert
-            self._status[name] = Status("ready")
+        for name, folder in self._folders.items():
+            if self._worker.failure:
+                return
+            if self._status[name].state == "loading":
+                try:
+                    self._experts[name] = read(name, folder, self._how)
+                except Exception as exc:  # transformers raises whatever it meets in the folder
+                    log.exception("%s failed to load", name)
+                    self._status[name] = failed_to_load(folder, exc)
+                else:
+                    self._worker.add(self._experts[name], memory)
 
     def _memory(self) -> Memory:
         """For pages of every expert whose config can be read; the others have failed by now."""
@@ -215,14 +223,15 @@ class LocalEngine:
                 pages.append(shape_of(config_of(folder)).page)
             except Exception as exc:
                 log.exception("%s failed to load", name)
-                self._status[name] = _failed(folder, exc)
+                self._status[name] = failed_to_load(folder, exc)
         chunk = PAGES_A_CHUNK * max(pages)
         size = self._options.kv_bytes or _share(self._how.device)
         chunks = max(size // (chunk * self._how.dtype.itemsize), 1)
         return Memory(chunks, chunk, self._how.dtype, self._how.device)
 
-    def _tell(self, name: str, share: float) -> None:
-        self._status[name] = Status("loading", f"{round(100 * share)} % of the weights")
+    def _tell(self, name: str, status: Status) -> None:
+        """In a thread of the worker's."""
+        self._status[name] = status
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         """In the device thread: hand a step's tokens over to the loop."""
@@ -277,10 +286,6 @@ def default_threads() -> int:
 def _share(device: torch.device) -> int:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return min(int(SHARE * free), MOST_SHARE) if device.type == "cpu" else int(SHARE * free)
-
-
-def _failed(folder: Path, exc: Exception) -> Status:
-    return Status("failed", str(exc) if isinstance(exc, EngineError) else f"{folder} does not load: {exc!r}")
 
 
 def _put(deliveries: list[Delivery]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,37 @@ from service.engines.local.hosted import ATTENTION, Hosted
 from service.engines.local.linear import Kind
 from service.engines.local.ops import Shape
 from service.engines.local.text import Alphabet
-from service.engines.local.weights import Shared, Weights, has_safetensors
+from service.engines.local.weights import Shared, Weights, has_safetensors, parameters
+
+BITS: Mapping[str, float] = {"int8": 8, "int4": 5}
+"""Of a weight in fewer bits, scales and all."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How experts are loaded. kinds: of the linear layers of those that are named; shared: what several have."""
+
+    dtype: torch.dtype
+    device: torch.device
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    shared: Shared[Any] = field(default_factory=Shared)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expert:
-    """A model in memory, its tokenizer, how many tokens it can hold and which of them end an answer.
+    """All that is known of an expert without its weights, and how to load them.
 
-    alphabet: its tokens as bytes. guides: for answers of a given form. facts: what /v1/models tells.
+    bytes: of its weights in memory. window: how many tokens it can hold. eos: which of them end an answer. alphabet:
+    its tokens as bytes. guides: for answers of a given form. facts: what /v1/models tells.
     """
 
     name: str
-    model: Model
+    folder: Path
+    how: Loading
+    config: Any
+    shape: Shape
+    vocabulary: int
+    bytes: int
     tokenizer: Any
     window: int
     eos: frozenset[int]
@@ -40,32 +59,33 @@ class Expert:
     guides: Guides
     facts: dict[str, object] = field(default_factory=dict)
 
+    def load(self, progress: Callable[[float], None] = lambda share: None) -> Model:
+        """Its model. Raises EngineError, or what transformers raises, where it is not whole."""
+        how, kind = self.how, self.how.kinds.get(self.name)
+        if decoder.is_ours(self.config) and has_safetensors(self.folder):
+            with Weights(self.folder, how.dtype, how.device, kind, how.shared, progress) as weights:
+                model: Model = Decoder(self.config, weights)
+        else:
+            model = _hosted(self.folder, how, kind)
+        if model.shape != self.shape or model.vocabulary != self.vocabulary:
+            raise EngineError(f"the weights in {self.folder} are not those that its config.json describes")
+        _try(model, how)
+        return model
 
-@dataclass(frozen=True)
-class Loading:
-    """How experts are loaded. kind: of the linear layers, None as they are; shared: what experts have in common."""
 
-    dtype: torch.dtype
-    device: torch.device
-    kind: Kind | None = None
-    shared: Shared[Any] = field(default_factory=Shared)
-
-
-def load(name: str, folder: Path, how: Loading, progress: Callable[[float], None] = lambda share: None) -> Expert:
-    """Load the expert in `folder`. Raises EngineError, or what transformers raises, where it is not whole."""
-    disable_progress_bar()  # a log is no terminal
+def read(name: str, folder: Path, how: Loading) -> Expert:
+    """The expert in `folder`, its weights untouched. Raises EngineError, or what transformers raises."""
     config = config_of(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if decoder.is_ours(config) and has_safetensors(folder):
-        with Weights(folder, how.dtype, how.device, how.kind, how.shared, progress) as weights:
-            model: Model = Decoder(config, weights)
-    else:
-        model = _hosted(folder, how)
-    _try(model, how)
-    facts = {"dtype": how.kind or str(how.dtype).removeprefix("torch."), "architecture": config.model_type}
-    window, eos = window_of(config, folder), _eos(config, folder, tokenizer)
-    guides = Guides(tokenizer, model.vocabulary, sorted(eos))
-    return Expert(name, model, tokenizer, window, eos, Alphabet(tokenizer), guides, facts)
+    window, eos, kind = window_of(config, folder), _eos(config, folder, tokenizer), how.kinds.get(name)
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+    guides = Guides(tokenizer, vocabulary, sorted(eos))
+    facts = {"dtype": kind or str(how.dtype).removeprefix("torch."), "architecture": config.model_type}
+    size = round(parameters(folder) * BITS.get(kind or "", 8 * how.dtype.itemsize) / 8)
+    return Expert(
+        name, folder, how, config, shape_of(config), vocabulary, size, tokenizer, window, eos, Alphabet(tokenizer),
+        guides, facts,
+    )  # fmt: skip
 
 
 def config_of(folder: Path) -> Any:
@@ -93,9 +113,10 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or _native_bf16() else torch.float32
 
 
-def _hosted(folder: Path, how: Loading) -> Hosted:
-    if how.kind is not None:
-        raise EngineError(f"{folder} is not of the Llama family: it cannot be served in {how.kind}; leave that out")
+def _hosted(folder: Path, how: Loading, kind: Kind | None) -> Hosted:
+    if kind is not None:
+        raise EngineError(f"{folder} is not of the Llama family: it cannot be served in {kind}; leave that out")
+    disable_progress_bar()  # a log is no terminal
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=how.dtype, local_files_only=True, output_loading_info=True, attn_implementation=ATTENTION
     )

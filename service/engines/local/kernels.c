@@ -32,6 +32,8 @@
 #define GROUP 4   /* query heads that go through the keys together */
 #define PANEL 32  /* outputs of a matrix product that make a panel of weights */
 #define TILE 12   /* rows that go through a panel together, at most */
+#define FEW 4     /* rows for which quantised weights are not unpacked first */
+#define SPAN 32    /* inputs that share a scale in int4 */
 #define AHEAD 4096 /* bytes of weights that are fetched before their turn */
 #define BLOCK 240 /* rows whose inputs stay in the cache while the weights pass */
 
@@ -548,7 +550,11 @@ int attend(int wide, const void *qkv, const void *memory, const int64_t *tables,
 }
 
 /* Matrix products. Weights lie in panels of PANEL outputs, zeros after the last: [K][PANEL] in fp32, [K / 2][PANEL][2]
-   in bf16 and int8, and in int4 as unpack_int4 says. */
+   in bf16 and int8. int4 is level * scale + base, rounded to bf16; its bytes are [K / 2][2][16]: of each pair of k and
+   each half of the panel's outputs, byte i has elements i and 16 + i of [16 outputs][2 k], the first in its lower half;
+   its groups are [K / SPAN][PANEL][2], the scale and the base in bf16. */
+
+enum { FP32, BF16, INT8, INT4 };
 
 /* What a tile fetches into the cache meanwhile: so many bytes for each 128 of its panel. */
 typedef struct {
@@ -556,8 +562,9 @@ typedef struct {
     int64_t pace;
 } Ahead;
 
-INLINE void tile_fp32(const void *inputs, int64_t stride, const void *panel, int64_t depth, const Ahead *ahead, float *out,
-                      int rows) {
+INLINE void tile_fp32(const void *inputs, int64_t stride, const void *panel, const void *groups, int64_t depth,
+                      const Ahead *ahead, float *out, int rows) {
+    (void)groups;
     const float *x = inputs, *w = panel;
     const char *next = ahead->from;
     F16 sums[TILE][2] = {{{0}}};
@@ -574,8 +581,9 @@ INLINE void tile_fp32(const void *inputs, int64_t stride, const void *panel, int
     memcpy(out, sums, (size_t)rows * PANEL * sizeof *out);
 }
 
-INLINE void tile_pairs(const void *inputs, int64_t stride, const void *panel, int64_t depth, const Ahead *ahead, float *out,
-                       int rows) {
+INLINE void tile_pairs(const void *inputs, int64_t stride, const void *panel, const void *groups, int64_t depth,
+                       const Ahead *ahead, float *out, int rows) {
+    (void)groups;
     const uint16_t *x = inputs;
     const uint32_t *w = panel;
     const char *next = ahead->from;
@@ -600,49 +608,117 @@ INLINE void tile_pairs(const void *inputs, int64_t stride, const void *panel, in
     memcpy(out, sums, (size_t)rows * PANEL * sizeof *out);
 }
 
-typedef void (*Tiles)(const void *x, int64_t stride, const void *panel, int64_t depth, const Ahead *ahead,
-                      float *out, int rows);
+typedef void (*Tiles)(const void *x, int64_t stride, const void *panel, const void *groups, int64_t depth,
+                      const Ahead *ahead, float *out, int rows);
 
 #define CASE(tile, n)                                                                                                  \
-    case n: tile(x, stride, panel, depth, ahead, out, n); break;
-#define FEW(tile) CASE(tile, 1) CASE(tile, 2) CASE(tile, 3)
-#define MANY(tile)                                                                                                     \
-    FEW(tile)                                                                                                          \
-    CASE(tile, 4)                                                                                                      \
+    case n: tile(x, stride, panel, groups, depth, ahead, out, n); break;
+#define THREE(tile) CASE(tile, 1) CASE(tile, 2) CASE(tile, 3)
+#define FOUR(tile) THREE(tile) CASE(tile, 4)
+#define TWELVE(tile)                                                                                                   \
+    FOUR(tile)                                                                                                         \
     CASE(tile, 5) CASE(tile, 6) CASE(tile, 7) CASE(tile, 8) CASE(tile, 9) CASE(tile, 10) CASE(tile, 11) CASE(tile, 12)
 #define TILES(name, cases)                                                                                             \
-    static void name(const void *x, int64_t stride, const void *panel, int64_t depth, const Ahead *ahead, float *out,  \
-                     int rows) {                                                                                       \
+    static void name(const void *x, int64_t stride, const void *panel, const void *groups, int64_t depth,             \
+                     const Ahead *ahead, float *out, int rows) {                                                       \
         switch (rows) { cases }                                                                                        \
     }
 
-TILES(fp32_any, FEW(tile_fp32))
-TILES(bf16_any, FEW(tile_pairs))
-#if X86
-FOR_256 TILES(fp32_256, FEW(tile_fp32))
-FOR_256 TILES(bf16_256, FEW(tile_pairs))
-FOR_512 TILES(fp32_512, MANY(tile_fp32))
-FOR_512 TILES(bf16_512, MANY(tile_pairs))
+TILES(fp32_any, THREE(tile_fp32))
+TILES(bf16_any, THREE(tile_pairs))
 
-FOR_BF16 INLINE void tile_bf16(const void *inputs, int64_t stride, const void *panel, int64_t depth, const Ahead *ahead,
-                               float *out, int rows) {
+/* One panel of int8 as bf16, which holds them exactly. */
+WIDE static void int8_any(const void *panel, const void *groups, int64_t depth, uint16_t *out) {
+    (void)groups;
+    const int8_t *from = panel;
+    for (int64_t i = 0; i < depth * PANEL; i++) out[i] = (uint16_t)(to_bits((float)from[i]) >> 16);
+}
+
+/* One panel of int4 as bf16. */
+WIDE static void int4_any(const void *panel, const void *groups, int64_t depth, uint16_t *out) {
+    const uint8_t *from = panel;
+    const uint16_t *pairs = groups;
+    float scales[2 * PANEL], bases[2 * PANEL]; /* as the elements lie: each twice */
+    for (int64_t k = 0; k < depth; k += 2) {
+        if (k % SPAN == 0)
+            for (int i = 0; i < 2 * PANEL; i++) {
+                scales[i] = from_bf16(pairs[(k / SPAN * PANEL + i / 2) * 2]);
+                bases[i] = from_bf16(pairs[(k / SPAN * PANEL + i / 2) * 2 + 1]);
+            }
+        for (int half = 0; half < 2 * PANEL; half += PANEL, from += 16, out += 32)
+            for (int i = 0; i < 16; i++) {
+                const float *scale = scales + half + i, *base = bases + half + i;
+                out[i] = to_bf16((float)(from[i] & 15) * scale[0] + base[0]);
+                out[16 + i] = to_bf16((float)(from[i] >> 4) * scale[16] + base[16]);
+            }
+    }
+}
+
+#if X86
+FOR_256 TILES(fp32_256, THREE(tile_fp32))
+FOR_256 TILES(bf16_256, THREE(tile_pairs))
+FOR_512 TILES(fp32_512, TWELVE(tile_fp32))
+FOR_512 TILES(bf16_512, TWELVE(tile_pairs))
+
+/* Scales and bases of one group, as its elements lie. */
+typedef struct {
+    __m512 scales[4], bases[4];
+} Group;
+
+FOR_BF16 INLINE Group group_of(const uint32_t *pairs) {
+    __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    Group group;
+#pragma GCC unroll 4
+    for (int quarter = 0; quarter < 4; quarter++) {
+        __m256i eight = _mm256_loadu_si256((const void *)(pairs + quarter * 8));
+        __m512i both = _mm512_permutexvar_epi32(twice, _mm512_castsi256_si512(eight));
+        group.scales[quarter] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        group.bases[quarter] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xFFFF0000)));
+    }
+    return group;
+}
+
+/* Half `half` of the pairs at k, 16 outputs of two k, as bf16. */
+FOR_BF16 INLINE __m512bh pairs_at(const void *panel, int64_t k, int half, const Group *group, int kind) {
+    if (kind == BF16) return (__m512bh)_mm512_loadu_si512((const uint16_t *)panel + k * PANEL + half * 32);
+    if (kind == INT8) {
+        const int8_t *from = (const int8_t *)panel + k * PANEL + half * 32;
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from)));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(from + 16))));
+        return _mm512_cvtne2ps_pbh(high, low);
+    }
+    const uint8_t *from = (const uint8_t *)panel + k * PANEL / 2 + half * 16;
+    __m512 levels = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from));
+    __m512 low = _mm512_permutexvar_ps(both, levels), high = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), levels);
+    low = _mm512_fmadd_ps(low, group->scales[2 * half], group->bases[2 * half]);
+    high = _mm512_fmadd_ps(high, group->scales[2 * half + 1], group->bases[2 * half + 1]);
+    return _mm512_cvtne2ps_pbh(high, low);
+}
+
+FOR_BF16 INLINE void tile_dots(const void *inputs, int64_t stride, const void *panel, const uint32_t *groups,
+                               int64_t depth, const Ahead *ahead, float *out, int rows, int kind) {
     const uint16_t *x = inputs;
-    const uint32_t *w = panel;
     const char *next = ahead->from;
+    int64_t span = kind == INT4 ? SPAN : depth;
+    Group group;
     __m512 sums[TILE][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < depth; k += 2, w += PANEL, next += ahead->pace) {
-        __m512bh left = (__m512bh)_mm512_loadu_si512(w), right = (__m512bh)_mm512_loadu_si512(w + 16);
-        __builtin_prefetch(next);
-        __builtin_prefetch(next + 64);
+    for (int64_t first = 0; first < depth; first += span) {
+        if (kind == INT4) group = group_of(groups + first * PANEL / SPAN);
+        for (int64_t k = first; k < first + span; k += 2, next += ahead->pace) {
+            __m512bh left = pairs_at(panel, k, 0, &group, kind), right = pairs_at(panel, k, 1, &group, kind);
+            __builtin_prefetch(next);
+            if (kind == BF16) __builtin_prefetch(next + 64);
 #pragma GCC unroll 12
-        for (int row = 0; row < rows; row++) {
-            int32_t pair;
-            memcpy(&pair, x + row * stride + k, 4);
-            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            sums[row][0] = _mm512_dpbf16_ps(sums[row][0], left, both);
-            sums[row][1] = _mm512_dpbf16_ps(sums[row][1], right, both);
+            for (int row = 0; row < rows; row++) {
+                int32_t pair;
+                memcpy(&pair, x + row * stride + k, 4);
+                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                sums[row][0] = _mm512_dpbf16_ps(sums[row][0], left, both);
+                sums[row][1] = _mm512_dpbf16_ps(sums[row][1], right, both);
+            }
         }
     }
 #pragma GCC unroll 12
@@ -652,56 +728,63 @@ FOR_BF16 INLINE void tile_bf16(const void *inputs, int64_t stride, const void *p
     }
 }
 
-FOR_BF16 TILES(bf16_dot, MANY(tile_bf16))
+#define TILE_BF16(x, stride, panel, groups, depth, ahead, out, rows)                                                   \
+    tile_dots(x, stride, panel, groups, depth, ahead, out, rows, BF16)
+#define TILE_INT8(x, stride, panel, groups, depth, ahead, out, rows)                                                   \
+    tile_dots(x, stride, panel, groups, depth, ahead, out, rows, INT8)
+#define TILE_INT4(x, stride, panel, groups, depth, ahead, out, rows)                                                   \
+    tile_dots(x, stride, panel, groups, depth, ahead, out, rows, INT4)
+FOR_BF16 TILES(bf16_dots, TWELVE(TILE_BF16))
+FOR_BF16 TILES(int8_dots, FOUR(TILE_INT8))
+FOR_BF16 TILES(int4_dots, FOUR(TILE_INT4))
+
+FOR_BF16 INLINE void unpack_dots(const void *panel, const uint32_t *groups, int64_t depth, uint16_t *out, int kind) {
+    Group group;
+    for (int64_t k = 0; k < depth; k += 2, out += 2 * PANEL) {
+        if (kind == INT4 && k % SPAN == 0) group = group_of(groups + k * PANEL / SPAN);
+        _mm512_storeu_si512(out, (__m512i)pairs_at(panel, k, 0, &group, kind));
+        _mm512_storeu_si512(out + PANEL, (__m512i)pairs_at(panel, k, 1, &group, kind));
+    }
+}
+
+FOR_BF16 static void int8_unpacked(const void *panel, const void *groups, int64_t depth, uint16_t *out) {
+    unpack_dots(panel, groups, depth, out, INT8);
+}
+FOR_BF16 static void int4_unpacked(const void *panel, const void *groups, int64_t depth, uint16_t *out) {
+    unpack_dots(panel, groups, depth, out, INT4);
+}
 #endif
 
-/* The tiles for this processor, and how many rows they take. */
-static Tiles tiles(int wide, int *rows) {
-    *rows = 3;
+/* What this processor does with a kind: through `direct` go few rows without unpacking, where there is such a way. */
+typedef struct {
+    Tiles tiles, direct;
+    void (*unpack)(const void *panel, const void *groups, int64_t depth, uint16_t *out);
+    int high;
+} Way;
+
+static Way way(int kind) {
+    void (*const unpack[])(const void *, const void *, int64_t, uint16_t *) = {NULL, NULL, int8_any, int4_any};
 #if X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
-        *rows = TILE;
-        if (wide) return fp32_512;
-        return __builtin_cpu_supports("avx512bf16") ? bf16_dot : bf16_512;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        if (kind == FP32) return (Way){fp32_512, NULL, NULL, TILE};
+        if (!__builtin_cpu_supports("avx512bf16")) return (Way){bf16_512, NULL, unpack[kind], TILE};
+        if (kind == INT8) return (Way){bf16_dots, int8_dots, int8_unpacked, TILE};
+        if (kind == INT4) return (Way){bf16_dots, int4_dots, int4_unpacked, TILE};
+        return (Way){bf16_dots, NULL, NULL, TILE};
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return wide ? fp32_256 : bf16_256;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return (Way){kind == FP32 ? fp32_256 : bf16_256, NULL, unpack[kind], 3};
 #endif
-    return wide ? fp32_any : bf16_any;
+    return (Way){kind == FP32 ? fp32_any : bf16_any, NULL, unpack[kind], 3};
 }
-
-/* One panel of int8 as bf16, which holds them exactly. */
-WIDE static void unpack_int8(const void *panel, const void *groups, int64_t depth, uint16_t *out) {
-    (void)groups;
-    const int8_t *from = panel;
-    for (int64_t i = 0; i < depth * PANEL; i++) out[i] = (uint16_t)(to_bits((float)from[i]) >> 16);
-}
-
-/* One panel of int4 as bf16: level * scale + base. Bytes are [K / 2][2][16]: of each pair of k and each half of the
-   panel's outputs, byte i has elements i and 16 + i of [16 outputs][2 k], the first in its lower half. `groups` is
-   [K / 32][PANEL][2]: scale and base, bf16, of 32 k. */
-WIDE static void unpack_int4(const void *panel, const void *groups, int64_t depth, uint16_t *out) {
-    const uint8_t *from = panel;
-    const uint16_t *pairs = groups;
-    for (int64_t k = 0; k < depth; k += 2) {
-        if (k % 32 == 0 && k) pairs += 2 * PANEL;
-        for (int half = 0; half < 2; half++, from += 16, out += 32)
-            for (int i = 0; i < 16; i++) {
-                const uint16_t *low = pairs + (half * 16 + i / 2) * 2, *high = low + 16;
-                out[i] = to_bf16((float)(from[i] & 15) * from_bf16(low[0]) + from_bf16(low[1]));
-                out[16 + i] = to_bf16((float)(from[i] >> 4) * from_bf16(high[0]) + from_bf16(high[1]));
-            }
-    }
-}
-
-enum { FP32, BF16, INT8, INT4 };
 
 typedef struct {
     const void *x, *weight, *groups;
     const float *scales, *bias;
     void *out;
     int64_t rows, depth, outputs, panels, step;
-    int kind, high;
-    Tiles tiles;
+    int kind;
+    Way way;
 } Product;
 
 WIDE static void finish(const Product *job, const float *sums, int64_t row, int64_t rows, int64_t panel) {
@@ -731,29 +814,29 @@ static void product_panels(const void *argument, int64_t task) {
     static const int64_t eighths[] = {[FP32] = 32, [BF16] = 16, [INT8] = 8, [INT4] = 4};
     const Product *job = argument;
     int64_t stop = least((task + 1) * job->step, job->panels), depth = job->depth;
-    if (job->kind > BF16 && room < depth) {
+    int64_t bytes = depth * PANEL * eighths[job->kind] / 8, steps = job->kind == FP32 ? depth : depth / 2;
+    int unpacks = job->way.unpack && !(job->way.direct && job->rows <= FEW);
+    Tiles through = unpacks || !job->way.direct ? job->way.tiles : job->way.direct;
+    if (unpacks && room < depth) {
         free(unpacked);
         unpacked = aligned_alloc(64, (size_t)depth * PANEL * sizeof *unpacked);
         if (!unpacked) abort();
         room = depth;
     }
     for (int64_t block = 0; block < job->rows; block += BLOCK) {
-        int64_t end = least(block + BLOCK, job->rows), tiles = (end - block + job->high - 1) / job->high;
+        int64_t end = least(block + BLOCK, job->rows), tiles = (end - block + job->way.high - 1) / job->way.high;
         for (int64_t panel = task * job->step; panel < stop; panel++) {
-            int64_t bytes = depth * PANEL * eighths[job->kind] / 8;
             const char *stored = (const char *)job->weight + panel * bytes;
-            const void *weight = stored;
-            const char *groups = (const char *)job->groups + panel * (depth / 32) * PANEL * 4;
-            if (job->kind == INT8) unpack_int8(stored, NULL, depth, unpacked);
-            if (job->kind == INT4) unpack_int4(stored, groups, depth, unpacked);
-            if (job->kind > BF16) weight = unpacked;
+            const char *groups = (const char *)job->groups + panel * (depth / SPAN) * PANEL * 4;
+            if (unpacks) job->way.unpack(stored, groups, depth, unpacked);
             for (int64_t tile = 0, row = block; tile < tiles; tile++) {
                 float sums[TILE * PANEL] __attribute__((aligned(64)));
                 int64_t next = block + (end - block) * (tile + 1) / tiles;
                 const void *x = at(job->x, row * depth, job->kind == FP32);
-                Ahead ahead = {stored + AHEAD, 128};
-                if (tiles > 1) ahead = (Ahead){stored + bytes + bytes * tile / tiles, bytes / tiles / (bytes / 128)};
-                job->tiles(x, depth, weight, depth, &ahead, sums, (int)(next - row));
+                /* Tiles that find their panel in the cache fetch the next one, each its part. */
+                int near = tiles > 1 || unpacks;
+                Ahead ahead = {stored + (near ? bytes + bytes * tile / tiles : AHEAD), bytes / tiles / steps};
+                through(x, depth, unpacks ? (void *)unpacked : stored, groups, depth, &ahead, sums, (int)(next - row));
                 finish(job, sums, row, next - row, panel);
                 row = next;
             }
@@ -767,7 +850,6 @@ void product(int kind, const void *x, const void *weight, const void *groups, co
              void *out, int64_t rows, int64_t depth, int64_t outputs) {
     int64_t panels = (outputs + PANEL - 1) / PANEL, threads = pool.wanted + 1;
     int64_t step = rows * depth * outputs < 65536 ? panels : (panels + threads * 4 - 1) / (threads * 4);
-    Product job = {x, weight, groups, scales, bias, out, rows, depth, outputs, panels, step, kind, 0, NULL};
-    job.tiles = tiles(kind == FP32, &job.high);
+    Product job = {x, weight, groups, scales, bias, out, rows, depth, outputs, panels, step, kind, way(kind)};
     run(product_panels, &job, (panels + step - 1) / step);
 }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from service.engines.local.expert import Expert
+from service.engines.local.forward import Model
 from service.engines.local.memory import Memory, Shelf
 from service.engines.local.request import Context, Request
 
@@ -26,10 +27,17 @@ class Part:
 
 @dataclass(eq=False)
 class Lane:
-    """An expert with its pages and its requests, the longest waiting first."""
+    """An expert with its pages and its requests, the longest waiting first.
+
+    model: None while its weights are not in memory. closing: it lets nobody in any more, for others wait for memory.
+    """
 
     expert: Expert
     memory: Memory
+    model: Model | None = None
+    closing: bool = False
+    loads: int = 0
+    evictions: int = 0
     shelf: Shelf = field(init=False)
     waiting: deque[Request] = field(default_factory=deque)
     running: list[tuple[Request, Context]] = field(default_factory=list)
@@ -38,7 +46,12 @@ class Lane:
     preemptions: int = 0
 
     def __post_init__(self) -> None:
-        self.shelf = self.memory.shelf(self.expert.model.shape.page)
+        self.shelf = self.memory.shelf(self.expert.shape.page)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it runs requests, or could let some in."""
+        return bool(self.running) or (bool(self.waiting) and self.model is not None and not self.closing)
 
     @property
     def busy(self) -> bool:
@@ -58,11 +71,13 @@ class Lane:
 
     def run(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
         """Compute them; each with the logits [rows, V] that it wanted."""
+        model = self.model
+        assert model is not None
         segments = [part.context.segment(part.count, part.rows) for part in parts]
-        logits_RV = self.expert.model.forward(segments, self.memory.data)
+        logits_RV = model.forward(segments, self.memory.data)
         first = 0
         for part in parts:
-            part.context.advance(part.count, learn=self.expert.model.portable)
+            part.context.advance(part.count, learn=model.portable)
             yield part, logits_RV[first : first + part.rows]
             first += part.rows
 

@@ -144,7 +144,7 @@ class Laid:
 
 
 def _panels(levels: Levels) -> Laid:
-    """fp32 [P, K, PANEL]; bf16 and int8 [P, K / 2, PANEL, 2]; int4 as kernels.c says at unpack_int4."""
+    """fp32 [P, K, PANEL]; bf16 and int8 [P, K / 2, PANEL, 2]; int4 as kernels.c says."""
     padded_NK = _padded(levels.levels_NK)
     count = len(padded_NK) // PANEL
     if padded_NK.dtype == torch.float32:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -128,6 +129,21 @@ class Weights:
                 yield self._files.enter_context(safe_open(self.folder / name, framework="pt"))
             except (OSError, SafetensorError) as exc:
                 raise EngineError(f"{self.folder / name} cannot be read: {exc}") from exc
+
+
+def parameters(folder: Path) -> int:
+    """How many numbers a folder's weights are, from the files' headers; of other files, a guess by their size.
+
+    Raises EngineError for a file that is broken.
+    """
+    found = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (OSError, SafetensorError) as exc:
+            raise EngineError(f"{path} cannot be read: {exc}") from exc
+    return found or sum(file.stat().st_size for file in folder.glob("*.bin")) // 2
 
 
 def has_safetensors(folder: Path) -> bool:

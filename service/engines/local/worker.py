@@ -22,30 +22,47 @@ from service.engines.local.expert import Expert
 from service.engines.local.lane import Lane, Part
 from service.engines.local.memory import Memory
 from service.engines.local.request import Context, News, Prompted, Request, Token
+from service.engines.local.residence import Residence, Tell
 from service.engines.local.sampler import blend, pick, prompt_scores
 
 log = logging.getLogger(__name__)
 
+POLL = 0.05
+"""Seconds between two looks at who waits for memory."""
 Delivery = tuple[Request, News]
 
 
 class Worker:
     """Runs requests on a thread of its own; its methods may be called from any thread and never wait for a model.
 
-    `deliver` is called on that thread with what a step brought. Every request that is not cancelled gets a finish or
-    an error, whatever happens. `failure` says why nothing runs any more. most: requests of an expert at a time; chunk:
-    tokens of prompts in a round of all experts.
+    `deliver` is called on that thread with what a step brought, `tell` with the states of experts. Every request that
+    is not cancelled gets a finish or an error, whatever happens. `failure` says why nothing runs any more. most:
+    requests of an expert at a time; chunk: tokens of prompts in a round of all experts. memory_bytes, patience:
+    residence.py.
     """
 
-    def __init__(self, deliver: Callable[[list[Delivery]], None], *, most: int, chunk: int, threads: int) -> None:
+    def __init__(
+        self,
+        deliver: Callable[[list[Delivery]], None],
+        tell: Tell = lambda name, status: None,
+        *,
+        most: int,
+        chunk: int,
+        threads: int,
+        memory_bytes: int | None = None,
+        patience: float = 5.0,
+    ) -> None:
         self.failure = ""
+        self._residence = Residence(memory_bytes, patience, self._wake, tell)
         self._deliver = deliver
         self._most, self._chunk, self._threads = most, chunk, threads
         self._lanes: dict[str, Lane] = {}
         self._arrived: deque[Request] = deque()
         self._loads: dict[str, Load] = {}
         self._arrivals = count()
-        self._change = threading.Condition()  # guards `failure`, the lanes' dict and who has arrived
+        self._change = threading.Condition()  # guards `failure`, the lanes' dict, and what has arrived
+        self._added: deque[Lane] = deque()
+        self._woken = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
     def start(self) -> None:
@@ -53,9 +70,12 @@ class Worker:
         self._thread.start()
 
     def add(self, expert: Expert, memory: Memory) -> None:
-        """Take an expert in."""
+        """Take an expert in, and load its weights if there is room."""
+        lane = Lane(expert, memory)
         with self._change:
-            self._lanes[expert.name] = Lane(expert, memory)
+            self._lanes[expert.name] = lane
+            self._added.append(lane)
+            self._change.notify()
 
     def fits(self, experts: Iterable[str], tokens: int) -> bool:
         """Whether the memory could hold so many tokens in all of these experts, if nobody else were there."""
@@ -69,13 +89,13 @@ class Worker:
                 raise EngineError(self.failure)
             request.arrival = next(self._arrivals)
             self._arrived.append(request)
+            self._woken = True
             self._change.notify()
 
     def cancel(self, request: Request) -> None:
         """Forget a request, after the step that runs."""
         request.cancelled = True
-        with self._change:
-            self._change.notify()
+        self._wake()
 
     def loads(self) -> dict[str, Load]:
         """Every expert's load, as of the last step."""
@@ -92,6 +112,11 @@ class Worker:
         if self._thread.ident is not None:
             self._thread.join(seconds)
 
+    def _wake(self) -> None:
+        with self._change:
+            self._woken = True
+            self._change.notify()
+
     def _run(self) -> None:
         try:
             torch.set_num_threads(self._threads)
@@ -103,6 +128,7 @@ class Worker:
             with self._change:
                 self.failure = f"the device thread died: {exc!r}"
         finally:
+            self._residence.close()
             with self._change:
                 left = {id(request): request for lane in self._lanes.values() for request in _of(lane)}
                 left |= {id(request): request for request in self._arrived}
@@ -113,13 +139,23 @@ class Worker:
         """Take in who has arrived; waits until there is something to do. False: stop."""
         with self._change:
             while not self.failure:
+                while self._added:
+                    self._residence.begin(self._added.popleft())
                 while self._arrived:
                     request = self._arrived.popleft()
                     self._lanes[request.job.expert].waiting.append(request)
-                if any(lane.waiting or lane.running for lane in self._lanes.values()):
-                    return True
+                for lane, failure in self._residence.settle():
+                    self._fail(list(lane.waiting), failure)
+                    lane.waiting.clear()
                 self._loads = {name: _load(lane) for name, lane in self._lanes.items()}
-                self._change.wait()
+                if any(lane.ready for lane in self._lanes.values()) or self._woken:
+                    self._woken = False
+                    return True
+                # Who waits for memory that others use is looked after now and then.
+                stuck = any(lane.waiting for lane in self._lanes.values())
+                self._change.wait(POLL if stuck else None)
+                if stuck:
+                    return True
             return False
 
     def _round(self, lanes: Sequence[Lane]) -> None:
@@ -143,7 +179,10 @@ class Worker:
         while lane.waiting:
             request = lane.waiting[0]
             try:
-                if not self._enter(request):
+                lanes = [self._lanes[name] for name in request.job.experts]
+                if any(each.closing for each in lanes) or not self._residence.summon(lanes, request):
+                    return
+                if not self._enter(request, lanes):
                     if self._running():
                         return
                     raise EngineError("its prompt does not fit into the key-value memory")
@@ -151,15 +190,16 @@ class Worker:
                 self._fail([request], exc)
             lane.waiting.popleft()
 
-    def _enter(self, request: Request) -> bool:
-        lanes = [self._lanes[name] for name in request.job.experts]
+    def _enter(self, request: Request, lanes: Sequence[Lane]) -> bool:
         if any(len(lane.running) >= self._most for lane in lanes):
             return False
         anew = request.job.sampling.prompt_logprobs is not None and not request.count
         if not request.contexts:
             tokens = request.job.tokens
             request.contexts = [
-                Context(lane.expert.name, lane.shelf, list(tokens), lane.expert.model.route(tokens)) for lane in lanes
+                Context(lane.expert.name, lane.shelf, list(tokens), lane.model.route(tokens))
+                for lane in lanes
+                if lane.model is not None
             ]
         for context in request.contexts:
             context.begin(anew=anew)
@@ -282,4 +322,5 @@ def _of(lane: Lane) -> list[Request]:
 def _load(lane: Lane) -> Load:
     memory = lane.memory
     held = lane.shelf.in_use * lane.shelf.page / (memory.chunks * memory.chunk)
-    return Load(len(lane.running), len(lane.waiting), held, lane.queries, lane.hits, lane.preemptions)
+    counts = (lane.queries, lane.hits, lane.preemptions)
+    return Load(len(lane.running), len(lane.waiting), held, *counts, resident=lane.model is not None)

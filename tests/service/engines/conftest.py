@@ -9,7 +9,7 @@ import torch
 from tiny import save_llama
 from transformers import AutoModelForCausalLM
 
-from service.engines.local.expert import Expert, Loading, load
+from service.engines.local.expert import Expert, Loading, read
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,7 +33,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def expert(llama: Path) -> Expert:
-    return load("llama", llama, Loading(torch.float32, torch.device("cpu")))
+    return read("llama", llama, Loading(torch.float32, torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")

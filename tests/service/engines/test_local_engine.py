@@ -14,6 +14,7 @@ from tiny import (
     BREAKS_READING,
     BREAKS_STEP_AT,
     KILLS,
+    KV_BYTES,
     NAP,
     SLEEPS,
     WINDOW,
@@ -28,7 +29,7 @@ from tiny import (
 )
 
 from service.engines.base import EngineError, Job, Message, NotReadyError, PromptError, Sampling, Status
-from service.engines.local import LocalEngine
+from service.engines.local import LocalEngine, Options
 from service.engines.local.expert import Expert
 from service.engines.local.request import Request
 from service.engines.local.sampler import Row
@@ -178,7 +179,7 @@ def test_an_expert_that_cannot_load_says_why_and_the_others_serve(llama: Path, t
 
 def test_nothing_is_answered_before_it_is_loaded(llama: Path) -> None:
     async def ask() -> None:
-        engine = LocalEngine({"llama": llama})
+        engine = LocalEngine({"llama": llama}, Options(kv_bytes=KV_BYTES))
         assert engine.status() == {"llama": Status("loading")}
         with pytest.raises(NotReadyError, match="llama is still loading"):
             engine.prepare({"llama": 1.0}, "the owl", greedy(1))
@@ -294,7 +295,7 @@ def test_the_event_loop_runs_on_while_experts_load_and_answer(faulty: Path) -> N
 
 def test_start_returns_before_the_experts_are_loaded(llama: Path) -> None:
     async def start() -> None:
-        engine = LocalEngine(dict.fromkeys("abcd", llama))
+        engine = LocalEngine(dict.fromkeys("abcd", llama), Options(kv_bytes=KV_BYTES))
         await engine.start()
         assert engine.status()["d"] == Status("loading")
         await engine.aclose()

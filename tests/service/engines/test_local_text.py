@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +31,20 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def expert_with(tokenizer: Any, window: int = 64) -> Expert:
-    return Expert("owl", None, tokenizer, window, frozenset(), Alphabet(tokenizer), None)  # type: ignore[arg-type]
+    return Expert(
+        "owl",
+        Path(),
+        None,
+        None,
+        None,
+        300,
+        0,
+        tokenizer,
+        window,
+        frozenset(),
+        Alphabet(tokenizer),
+        None,  # type: ignore[arg-type]
+    )
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:

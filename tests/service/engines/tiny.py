@@ -33,6 +33,7 @@ SHAPE = {
 BREAKS_READING, BREAKS_LOGITS, KILLS, SLEEPS = "~^|`"
 BREAKS_STEP_AT = 300
 NAP = 1.0
+KV_BYTES = 32 << 20
 
 
 class FaultyConfig(LlamaConfig):
@@ -110,7 +111,7 @@ def generated(model: Any, tokens: tuple[int, ...], count: int) -> list[int]:
 @asynccontextmanager
 async def serving(folders: dict[str, Path], **options: Any) -> AsyncIterator[LocalEngine]:
     """An engine whose experts are loaded, or have failed to."""
-    engine = LocalEngine(folders, Options(dtype=torch.float32, **options))
+    engine = LocalEngine(folders, Options(dtype=torch.float32, **{"kv_bytes": KV_BYTES} | options))
     await engine.start()
     try:
         await until(lambda: all(status.state != "loading" for status in engine.status().values()))
