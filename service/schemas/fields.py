@@ -116,7 +116,7 @@ class Routed(BaseModel):
     mixture: Mixture = "all"
     allow: list[str] | None = None
     deny: list[str] = []
-    cost_weight: float | None = Field(default=None, ge=0)
+    cost_weight: float | None = Field(default=None, ge=0, le=1000)
 
     def limits(self) -> Limits:
         """What is asked of the route."""

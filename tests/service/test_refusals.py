@@ -13,6 +13,9 @@ from service.api import MAX_BODY
 from service.app import create_app
 from service.engines.base import BusyError, EngineError, Job, NotReadyError, Piece, Prompt, Sampling
 from service.engines.echo import EchoEngine
+from service.schemas.bodies import ChatBody, CompletionBody
+from service.schemas.fields import Strict
+from service.schemas.queries import DetokenizeBody, EmbeddingsBody, TokenizeBody
 
 USER = {"role": "user", "content": "hi"}
 
@@ -306,6 +309,32 @@ def test_a_bug_of_ours_tells_nothing_of_the_inside(bundle: Bundle) -> None:
     assert failure(response, 500)["type"] == "server_error"
     assert "secret" not in response.text
     assert response.headers["x-request-id"] == "mine"
+
+
+ODD: list[Any] = [
+    True, 0, -1, 10**30, 1e308, "", "\x00", "code", [], [None], [[]], ["a", 1], {}, {"type": "json_schema"}, {"a": [1]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "base"),
+    [
+        ("/v1/completions", CompletionBody, {"prompt": "hi"}),
+        ("/v1/chat/completions", ChatBody, {"messages": [USER]}),
+        ("/v1/embeddings", EmbeddingsBody, {"input": "hi"}),
+        ("/tokenize", TokenizeBody, {"prompt": "hi"}),
+        ("/detokenize", DetokenizeBody, {"tokens": [1]}),
+    ],
+)
+def test_no_value_of_any_field_is_a_failure_of_ours(
+    client: TestClient, path: str, body: type[Strict], base: dict[str, Any]
+) -> None:
+    for field in (*body.model_fields, *body.neutral):
+        for value in ODD:
+            response = client.post(path, json=base | {field: value})
+            assert response.status_code in (200, 400, 404), (field, value, response.text)
+            if response.status_code != 200:
+                failure(response, response.status_code)
 
 
 def refused(client: TestClient, path: str, body: object, status: int = 400) -> dict[str, Any]:
