@@ -69,7 +69,8 @@ class Decoder:
         self._final_H = weights.tensor("model.norm.weight", config.hidden_size)
         tied = config.tie_word_embeddings or not weights.has("lm_head.weight")
         head = "model.embed_tokens" if tied else "lm_head"
-        self._head = weights.linear([head], [config.vocab_size], config.hidden_size)
+        # Of all layers, fewer bits cost the most here.
+        self._head = weights.linear([head], [config.vocab_size], config.hidden_size, whole=True)
         sizes = (config.vocab_size, config.hidden_size)
         self._embeddings_VH = None if tied else weights.tensor("model.embed_tokens.weight", *sizes)
         rotary = LlamaRotaryEmbedding(config=config).to(self._final_H.device)

@@ -34,6 +34,7 @@ from service.engines.base import (
     Usage,
     fit,
 )
+from service.engines.local.bits import Bits
 from service.engines.local.expert import Expert, Loading, best_dtype, config_of, read, shape_of
 from service.engines.local.linear import Kind
 from service.engines.local.memory import Memory
@@ -69,7 +70,7 @@ class Options:
     chunk: int = 256
     kv_bytes: int | None = None
     dtype: torch.dtype | None = None
-    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    kinds: Mapping[str, Kind | Bits] = field(default_factory=dict)
     memory_bytes: int | None = None
     patience: float = 5.0
     threads: int | None = None
@@ -168,7 +169,10 @@ class LocalEngine:
             self._worker.cancel(request)
 
     def decode(self, expert: str, ids: Sequence[int]) -> str:
-        text: str = self._expert(expert).tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        loaded = self._expert(expert)
+        if not all(0 <= id_ < loaded.vocabulary for id_ in ids):
+            raise PromptError(f"a token is not one of {expert}'s {loaded.vocabulary}")
+        text: str = loaded.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
         return text
 
     async def start(self) -> None:
@@ -260,7 +264,7 @@ class _Answer:
         text = ""
         if news.pick is not None:
             self._count += 1
-            if self._job.sampling.logprobs is not None and news.finish != "stop":
+            if self._job.sampling.logprobs is not None:
                 self._scored += (self._score(news.pick),)
             text = "" if news.finish == "stop" else self._text.add(news.pick.id)
         if news.finish is None and not text:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import composed  # noqa: F401 - transformers then loads such checkpoints without running code of theirs
 from service.engines.base import EngineError
-from service.engines.local import decoder, hosted
+from service.engines.local import decoder, hosted, loss
+from service.engines.local.bits import Bits
 from service.engines.local.decoder import Decoder
 from service.engines.local.forward import Model, Segment
 from service.engines.local.guides import Guides
@@ -23,7 +24,7 @@ from service.engines.local.ops import Shape
 from service.engines.local.text import Alphabet
 from service.engines.local.weights import Shared, Weights, has_safetensors, parameters
 
-BITS: Mapping[str, float] = {"int8": 8, "int4": 5}
+BITS: Mapping[str, float] = {"int8": 8, "int4": 5, "bnb-int8": 8, "bnb-nf4": 4.5}
 """Of a weight in fewer bits, scales and all."""
 
 
@@ -33,7 +34,7 @@ class Loading:
 
     dtype: torch.dtype
     device: torch.device
-    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    kinds: Mapping[str, Kind | Bits] = field(default_factory=dict)
     shared: Shared[Any] = field(default_factory=Shared)
 
 
@@ -63,14 +64,24 @@ class Expert:
         """Its model. Raises EngineError, or what transformers raises, where it is not whole."""
         how, kind = self.how, self.how.kinds.get(self.name)
         if decoder.is_ours(self.config) and has_safetensors(self.folder):
-            with Weights(self.folder, how.dtype, how.device, kind, how.shared, progress) as weights:
-                model: Model = Decoder(self.config, weights)
+            model: Model = self._decoder(kind, progress)
+            if kind is not None and "perplexity" not in self.facts:
+                self._measure(model)
         else:
             model = _hosted(self.folder, how, kind)
         if model.shape != self.shape or model.vocabulary != self.vocabulary:
             raise EngineError(f"the weights in {self.folder} are not those that its config.json describes")
         _try(model, how)
         return model
+
+    def _decoder(self, kind: Kind | Bits | None, progress: Callable[[float], None] = lambda share: None) -> Decoder:
+        with Weights(self.folder, self.how.dtype, self.how.device, kind, self.how.shared, progress) as weights:
+            return Decoder(self.config, weights)
+
+    def _measure(self, model: Model) -> None:
+        """Tell what fewer bits cost, once."""
+        tokens = self.tokenizer(loss.TEXT, add_special_tokens=True)["input_ids"]
+        self.facts.update(asdict(loss.measure(model, self._decoder(None), tokens, self.how.dtype, self.how.device)))
 
 
 def read(name: str, folder: Path, how: Loading) -> Expert:
@@ -113,7 +124,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or _native_bf16() else torch.float32
 
 
-def _hosted(folder: Path, how: Loading, kind: Kind | None) -> Hosted:
+def _hosted(folder: Path, how: Loading, kind: Kind | Bits | None) -> Hosted:
     if kind is not None:
         raise EngineError(f"{folder} is not of the Llama family: it cannot be served in {kind}; leave that out")
     disable_progress_bar()  # a log is no terminal

@@ -28,6 +28,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #define PAGE 16
+#define WIDEST 256 /* elements of a head */
 #define CHUNK 128 /* tokens of a context that make a task of attention */
 #define GROUP 4   /* query heads that go through the keys together */
 #define PANEL 32  /* outputs of a matrix product that make a panel of weights */
@@ -384,13 +385,17 @@ void silu_mul(int wide, const void *gate_up, void *out, int64_t rows, int64_t wi
 /* Attention. A task is a row's chunk of tokens below one key-value head; then the chunks of a row are put together in
    their order. */
 
+/* scores[head][token] of a page's keys for `count` queries, unscaled. */
+typedef void (*Score)(const float *queries, const void *keys, int64_t width, float *scores, int64_t count);
+
 typedef struct {
-    const void *qkv, *memory;
+    const void *queries, *memory;
     const int64_t *tables, *lengths;
     void *out;
     float *parts; /* [rows][chunks][heads][width + 2]: weighted values, their weights' sum, the largest score */
-    int64_t rows, chunks, pages, heads, kv_heads, width, layer, window;
+    int64_t rows, stride, chunks, pages, heads, kv_heads, width, layer, window;
     float scale;
+    Score score;
 } Attend;
 
 INLINE F16 load_16(const void *values, int64_t i, int wide) {
@@ -404,62 +409,167 @@ INLINE F16 load_16(const void *values, int64_t i, int wide) {
     return (F16)(__builtin_convertvector(raw, U16) << 16);
 }
 
-INLINE float total(F16 lanes) {
-    typedef float F8 __attribute__((vector_size(32)));
-    typedef float F4 __attribute__((vector_size(16)));
-    F8 eights[2];
-    F4 fours[2];
-    memcpy(eights, &lanes, 64);
-    F8 eight = eights[0] + eights[1];
-    memcpy(fours, &eight, 32);
-    F4 four = fours[0] + fours[1];
-    return (four[0] + four[2]) + (four[1] + four[3]);
+INLINE void score_page(const float *queries, const void *keys, int64_t width, float *scores, int64_t count, int wide) {
+    for (int64_t head = 0; head < count; head++, queries += width, scores += CHUNK)
+        for (int token = 0; token < PAGE; token++) {
+            float lanes[16] = {0};
+            for (int64_t d = 0; d < width; d += 16)
+                for (int i = 0; i < 16; i++) lanes[i] += queries[d + i] * get(keys, token * width + d + i, wide);
+            for (int half = 8; half; half /= 2)
+                for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+            scores[token] = lanes[0];
+        }
+}
+
+WIDE static void score_bf16(const float *queries, const void *keys, int64_t width, float *scores, int64_t count) {
+    score_page(queries, keys, width, scores, count, 0);
+}
+WIDE static void score_fp32(const float *queries, const void *keys, int64_t width, float *scores, int64_t count) {
+    score_page(queries, keys, width, scores, count, 1);
+}
+
+#if X86
+FOR_512 INLINE __m512 load_512(const void *values, int64_t i, int wide) {
+    if (wide) return _mm512_loadu_ps((const float *)values + i);
+    __m256i raw = _mm256_loadu_si256((const void *)((const uint16_t *)values + i));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+/* The sums of four vectors' quarters, a, b, c, d in each. */
+FOR_512 INLINE __m512 quarters(const __m512 *four) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(four[0], four[1]), _mm512_unpackhi_ps(four[0], four[1]));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(four[2], four[3]), _mm512_unpackhi_ps(four[2], four[3]));
+    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+}
+
+/* Two vectors' quarters, each added to its neighbour. */
+FOR_512 INLINE __m512 neighbours(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+
+FOR_512 INLINE void score_some(const float *queries, const void *keys, int64_t width, float *scores, int count,
+                               int wide) {
+    __m512 sums[GROUP][4];
+#pragma GCC unroll 4
+    for (int four = 0; four < 4; four++) {
+        __m512 lanes[GROUP][4];
+#pragma GCC unroll 4
+        for (int head = 0; head < count; head++)
+#pragma GCC unroll 4
+            for (int token = 0; token < 4; token++) lanes[head][token] = _mm512_setzero_ps();
+        for (int64_t d = 0; d < width; d += 16) {
+            __m512 key[4];
+#pragma GCC unroll 4
+            for (int token = 0; token < 4; token++) key[token] = load_512(keys, (four * 4 + token) * width + d, wide);
+#pragma GCC unroll 4
+            for (int head = 0; head < count; head++) {
+                __m512 query = _mm512_loadu_ps(queries + head * width + d);
+#pragma GCC unroll 4
+                for (int token = 0; token < 4; token++)
+                    lanes[head][token] = _mm512_fmadd_ps(query, key[token], lanes[head][token]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int head = 0; head < count; head++) sums[head][four] = quarters(lanes[head]);
+    }
+#pragma GCC unroll 4
+    for (int head = 0; head < count; head++) {
+        __m512 low = neighbours(sums[head][0], sums[head][1]), high = neighbours(sums[head][2], sums[head][3]);
+        _mm512_storeu_ps(scores + head * CHUNK, neighbours(low, high));
+    }
+}
+
+#define SCORE(name, wide)                                                                                              \
+    FOR_512 static void name(const float *queries, const void *keys, int64_t width, float *scores, int64_t count) {    \
+        switch (count) {                                                                                               \
+        case 1: score_some(queries, keys, width, scores, 1, wide); break;                                              \
+        case 2: score_some(queries, keys, width, scores, 2, wide); break;                                              \
+        case 3: score_some(queries, keys, width, scores, 3, wide); break;                                              \
+        default: score_some(queries, keys, width, scores, GROUP, wide);                                                \
+        }                                                                                                              \
+    }
+SCORE(score_bf16_512, 0)
+SCORE(score_fp32_512, 1)
+#endif
+
+static int has_512(void) {
+#if X86
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+#else
+    return 0;
+#endif
+}
+
+/* Scores become weights, e^(score - largest), in whole vectors; those before first and from last on become nothing. */
+INLINE void weigh(float *scores, int64_t first, int64_t last, float scale, float *sum, float *largest) {
+    int64_t begin = first / 16 * 16, end = (last + 15) / 16 * 16;
+    float most[16], sums[16] = {0};
+    for (int64_t token = begin; token < first; token++) scores[token] = -INFINITY;
+    for (int64_t token = last; token < end; token++) scores[token] = -INFINITY;
+    for (int i = 0; i < 16; i++) most[i] = -INFINITY;
+    for (int64_t token = begin; token < end; token += 16)
+        for (int i = 0; i < 16; i++) {
+            scores[token + i] *= scale;
+            most[i] = scores[token + i] > most[i] ? scores[token + i] : most[i];
+        }
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) most[i] = most[i + half] > most[i] ? most[i + half] : most[i];
+    for (int64_t token = begin; token < end; token += 16)
+        for (int i = 0; i < 16; i++) {
+            scores[token + i] = exponential(scores[token + i] - most[0]);
+            sums[i] += scores[token + i];
+        }
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+    *sum = sums[0];
+    *largest = most[0];
+}
+
+/* The weighted sum of 16 * `blocks` elements of the values from d on, for `count` heads. */
+INLINE void blend(const float *scores, const void *const *values, int64_t first, int64_t last, int64_t width, int64_t d,
+                  float *part, int blocks, int count, int wide) {
+    F16 sums[GROUP][4] = {{{0}}};
+    for (int64_t token = first; token < last;) {
+        const void *page = values[token / PAGE];
+        for (int64_t end = least(last, (token / PAGE + 1) * PAGE); token < end; token++) {
+            F16 lanes[4];
+#pragma GCC unroll 4
+            for (int block = 0; block < blocks; block++)
+                lanes[block] = load_16(page, token % PAGE * width + d + 16 * block, wide);
+#pragma GCC unroll 4
+            for (int head = 0; head < count; head++)
+#pragma GCC unroll 4
+                for (int block = 0; block < blocks; block++)
+                    sums[head][block] += lanes[block] * scores[head * CHUNK + token];
+        }
+    }
+    for (int head = 0; head < count; head++)
+        memcpy(part + head * (width + 2) + d, sums[head], (size_t)blocks * 64);
 }
 
 /* `count` query heads that share keys over the tokens first .. last - 1 of a chunk. */
-INLINE void attend_heads(const Attend *job, const float *queries, const void *const *keys, int64_t first, int64_t last,
-                         float *part, int count, int wide) {
-    int64_t width = job->width;
-    float scores[GROUP][CHUNK] __attribute__((aligned(64)));
-    for (int64_t token = first; token < last; token++) {
-        const void *key = at(keys[token / PAGE], token % PAGE * width, wide);
-        F16 sums[GROUP] = {{0}};
-        for (int64_t d = 0; d < width; d += 16) {
-            F16 lanes = load_16(key, d, wide);
-#pragma GCC unroll 4
-            for (int head = 0; head < count; head++) sums[head] += lanes * load_16(queries + head * width, d, 1);
+INLINE void attend_heads(const Attend *job, const float *queries, const void *const *keys, const void *const *values,
+                         int64_t first, int64_t last, float *part, int count, int wide) {
+    int64_t width = job->width, bytes = PAGE * width * (wide ? 4 : 2);
+    float scores[GROUP * CHUNK] __attribute__((aligned(64)));
+    for (int64_t page = first / PAGE; page * PAGE < last; page++) {
+        const char *next = (page + 1) * PAGE < last ? keys[page + 1] : values[page], *own = values[page];
+        for (int64_t i = 0; i < bytes; i += 64) {
+            __builtin_prefetch(next + i, 0, 2);
+            __builtin_prefetch(own + i, 0, 2);
         }
-        for (int head = 0; head < count; head++) scores[head][token] = total(sums[head]) * job->scale;
+        job->score(queries, keys[page], width, scores + page * PAGE, count);
     }
     for (int head = 0; head < count; head++) {
-        float largest = scores[head][first], sum = 0;
-        for (int64_t token = first; token < last; token++)
-            largest = scores[head][token] > largest ? scores[head][token] : largest;
-        for (int64_t token = first; token < last; token++)
-            scores[head][token] = exponential(scores[head][token] - largest);
-        for (int64_t token = first; token < last; token++) sum += scores[head][token];
-        part[head * (width + 2) + width] = sum;
-        part[head * (width + 2) + width + 1] = largest;
+        float *out = part + head * (width + 2) + width;
+        weigh(scores + head * CHUNK, first, last, job->scale, out, out + 1);
     }
-    int64_t values = job->kv_heads * PAGE * width; /* from a page's keys to its values */
-    for (int64_t d = 0; d < width; d += 32) {
-        int more = d + 16 < width;
-        F16 low[GROUP] = {{0}}, high[GROUP] = {{0}};
-        for (int64_t token = first; token < last; token++) {
-            const void *value = at(keys[token / PAGE], values + token % PAGE * width, wide);
-            F16 left = load_16(value, d, wide), right = load_16(value, more ? d + 16 : d, wide);
-#pragma GCC unroll 4
-            for (int head = 0; head < count; head++) {
-                low[head] += left * scores[head][token];
-                high[head] += right * scores[head][token];
-            }
-        }
-        for (int head = 0; head < count; head++) {
-            float *out = part + head * (width + 2) + d;
-            memcpy(out, &low[head], 64);
-            if (more) memcpy(out + 16, &high[head], 64);
-        }
-    }
+    int64_t d = 0;
+    if (count < 3)
+        for (; d + 64 <= width; d += 64) blend(scores, values, first, last, width, d, part, 4, count, wide);
+    for (; d + 32 <= width; d += 32) blend(scores, values, first, last, width, d, part, 2, count, wide);
+    for (; d < width; d += 16) blend(scores, values, first, last, width, d, part, 1, count, wide);
 }
 
 INLINE void attend_chunk(const Attend *job, int64_t task, int wide) {
@@ -470,21 +580,24 @@ INLINE void attend_chunk(const Attend *job, int64_t task, int wide) {
     int64_t first = job->window && length - job->window > start ? length - job->window - start : 0;
     int64_t last = least(length - start, CHUNK);
     if (first >= last) return;
-    const void *keys[CHUNK / PAGE];
+    const void *keys[CHUNK / PAGE], *values[CHUNK / PAGE];
     const int64_t *table = job->tables + row * job->pages + start / PAGE;
     int64_t inside = (job->layer * 2 * job->kv_heads + shared) * PAGE * width;
-    for (int64_t page = first / PAGE; page * PAGE < last; page++) keys[page] = at(job->memory, table[page] + inside, wide);
-    float queries[GROUP * 256] __attribute__((aligned(64)));
+    for (int64_t page = first / PAGE; page * PAGE < last; page++) {
+        keys[page] = at(job->memory, table[page] + inside, wide);
+        values[page] = at(keys[page], job->kv_heads * PAGE * width, wide);
+    }
+    float queries[GROUP * WIDEST] __attribute__((aligned(64)));
     for (int64_t head = shared * group; head < (shared + 1) * group;) {
         int64_t count = least((shared + 1) * group - head, GROUP);
-        int64_t query = row * (job->heads + 2 * job->kv_heads) * width + head * width;
-        for (int64_t i = 0; i < count * width; i++) queries[i] = get(job->qkv, query + i, wide);
+        int64_t query = row * job->stride + head * width;
+        for (int64_t i = 0; i < count * width; i++) queries[i] = get(job->queries, query + i, wide);
         float *part = job->parts + ((row * job->chunks + chunk) * job->heads + head) * (width + 2);
         switch (count) {
-        case 1: attend_heads(job, queries, keys, first, last, part, 1, wide); break;
-        case 2: attend_heads(job, queries, keys, first, last, part, 2, wide); break;
-        case 3: attend_heads(job, queries, keys, first, last, part, 3, wide); break;
-        default: attend_heads(job, queries, keys, first, last, part, GROUP, wide);
+        case 1: attend_heads(job, queries, keys, values, first, last, part, 1, wide); break;
+        case 2: attend_heads(job, queries, keys, values, first, last, part, 2, wide); break;
+        case 3: attend_heads(job, queries, keys, values, first, last, part, 3, wide); break;
+        default: attend_heads(job, queries, keys, values, first, last, part, GROUP, wide);
         }
         head += count;
     }
@@ -496,7 +609,8 @@ INLINE void join_chunks(const Attend *job, int64_t row, int wide) {
     int64_t step = job->heads * (width + 2);
     for (int64_t head = 0; head < job->heads; head++) {
         const float *parts = job->parts + row * job->chunks * step + head * (width + 2);
-        float sums[256] = {0}, weight = 0, largest = -INFINITY;
+        float sums[WIDEST] = {0}, weight = 0, largest = -INFINITY;
+        void *out = at(job->out, (row * job->heads + head) * width, wide);
         for (int64_t chunk = first; chunk < chunks; chunk++)
             largest = parts[chunk * step + width + 1] > largest ? parts[chunk * step + width + 1] : largest;
         for (int64_t chunk = first; chunk < chunks; chunk++) {
@@ -505,7 +619,7 @@ INLINE void join_chunks(const Attend *job, int64_t row, int wide) {
             weight += part[width] * factor;
             for (int64_t i = 0; i < width; i++) sums[i] += part[i] * factor;
         }
-        for (int64_t i = 0; i < width; i++) put(job->out, (row * job->heads + head) * width + i, sums[i] / weight, wide);
+        for (int64_t i = 0; i < width; i++) put(out, i, sums[i] / weight, wide);
     }
 }
 
@@ -514,10 +628,18 @@ WIDE static void attend_fp32(const void *job, int64_t task) { attend_chunk(job, 
 WIDE static void join_bf16(const void *job, int64_t task) { join_chunks(job, task, 0); }
 WIDE static void join_fp32(const void *job, int64_t task) { join_chunks(job, task, 1); }
 
-/* out[rows][heads * width]; width is a multiple of 16, at most 256. window: 0 is none. 0: out of memory. */
-int attend(int wide, const void *qkv, const void *memory, const int64_t *tables, const int64_t *lengths, void *out,
-           int64_t rows, int64_t pages, int64_t heads, int64_t kv_heads, int64_t width, int64_t layer, int64_t window,
-           float scale) {
+static Score score_of(int wide) {
+#if X86
+    if (has_512()) return wide ? score_fp32_512 : score_bf16_512;
+#endif
+    return wide ? score_fp32 : score_bf16;
+}
+
+/* out[rows][heads * width] of the queries that begin each row of `stride` elements; width is a multiple of 16, at most
+   WIDEST. window: 0 is none. 0: out of memory. */
+int attend(int wide, const void *queries, int64_t stride, const void *memory, const int64_t *tables,
+           const int64_t *lengths, void *out, int64_t rows, int64_t pages, int64_t heads, int64_t kv_heads,
+           int64_t width, int64_t layer, int64_t window, float scale) {
     static _Thread_local float *parts = NULL;
     static _Thread_local int64_t room = 0;
     int64_t longest = 0, tokens = 0;
@@ -532,8 +654,8 @@ int attend(int wide, const void *qkv, const void *memory, const int64_t *tables,
         room = parts ? needed : 0;
         if (!parts) return 0;
     }
-    Attend job = {qkv,  memory, tables, lengths,  out,   parts, rows,  chunks,
-                  pages, heads, kv_heads, width, layer, window, scale};
+    Attend job = {queries, memory, tables, lengths,  out,   parts, rows,   stride, chunks,
+                  pages,   heads,  kv_heads, width, layer, window, scale, score_of(wide)};
     Work work = wide ? attend_fp32 : attend_bf16, join = wide ? join_fp32 : join_bf16;
     int64_t tasks = rows * kv_heads * chunks;
     if (tokens * heads * width < 32768) {
@@ -765,7 +887,7 @@ typedef struct {
 static Way way(int kind) {
     void (*const unpack[])(const void *, const void *, int64_t, uint16_t *) = {NULL, NULL, int8_any, int4_any};
 #if X86
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (has_512()) {
         if (kind == FP32) return (Way){fp32_512, NULL, NULL, TILE};
         if (!__builtin_cpu_supports("avx512bf16")) return (Way){bf16_512, NULL, unpack[kind], TILE};
         if (kind == INT8) return (Way){bf16_dots, int8_dots, int8_unpacked, TILE};

@@ -31,7 +31,7 @@ WIDEST = 256
 _WIDE = {torch.bfloat16: 0, torch.float32: 1}
 _TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
 _SHORT = {"norm": "ipppfpnn", "place": "ipppppnnnnnppf", "silu_mul": "ippnn"}
-_LONG = {"gather": "ippnnnnpp", "attend": "ipppppnnnnnnnf", "product": "ippppppnnn", "set_threads": "i"}
+_LONG = {"gather": "ippnnnnpp", "attend": "ipnppppnnnnnnnf", "product": "ippppppnnn", "set_threads": "i"}
 """Arguments of the C functions: short ones keep the interpreter's lock, which costs more to get back than they take."""
 
 
@@ -136,7 +136,7 @@ def attend(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """What each row's new token, whose q is in qkv, sees of its context, [B, heads * D].
+    """What each row's new token, whose q begins its row of qkv, sees of its context, [B, heads * D].
 
     A row's context is the first `lengths` tokens of its pages, the new one among them; the rest of a table may be any
     valid offset. Of a window, the last so many tokens.
@@ -147,7 +147,7 @@ def attend(
         assert _alike(tables_BP, lengths_B)
         assert tables_BP.dtype == torch.int64
         out_BX = qkv_BX.new_empty(rows, shape.heads * shape.width)
-        places = (_at(qkv_BX), _at(memory), _at(tables_BP), _at(lengths_B), _at(out_BX))
+        places = (_at(qkv_BX), qkv_BX.shape[1], _at(memory), _at(tables_BP), _at(lengths_B), _at(out_BX))
         sizes = (rows, pages, shape.heads, shape.kv_heads, shape.width, layer, window or 0)
         if not functions.attend(_WIDE[qkv_BX.dtype], *places, *sizes, scale):
             raise MemoryError

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from service.engines.base import EngineError
+from service.engines.local.bits import Bits, BitsAndBytes
 from service.engines.local.linear import Kind, Linear
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -58,7 +59,7 @@ class Weights:
         folder: Path,
         dtype: torch.dtype,
         device: torch.device,
-        kind: Kind | None,
+        kind: Kind | Bits | None,
         shared: Shared[Any],
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
@@ -85,8 +86,12 @@ class Weights:
         made: Tensor = self._shared.get(None, [stored], lambda: stored.to(self._device, self._dtype))
         return made
 
-    def linear(self, names: Sequence[str], rows: Sequence[int], columns: int) -> Linear:
-        """A layer of weights [rows, columns], stacked; with their biases, if they have any. Raises EngineError."""
+    def linear(self, names: Sequence[str], rows: Sequence[int], columns: int, *, whole: bool = False) -> Linear:
+        """A layer of weights [rows, columns], stacked; with their biases, if they have any. Raises EngineError.
+
+        whole: it keeps its dtype, whatever the others do.
+        """
+        kind = None if whole else self._kind
         parts = [self._stored(f"{name}.weight", (own, columns)) for name, own in zip(names, rows, strict=True)]
         biases = [
             self._stored(f"{name}.bias", (own,))
@@ -97,9 +102,12 @@ class Weights:
             raise EngineError(f"{self.folder}: only some of {', '.join(names)} have a bias")
 
         def make() -> Linear:
-            return Linear.of(self._stack(parts), self._stack(biases) if biases else None, kind=self._kind)
+            weight_NK, bias_N = self._stack(parts), self._stack(biases) if biases else None
+            if kind == "bnb-int8" or kind == "bnb-nf4":
+                return BitsAndBytes(weight_NK, bias_N, kind)
+            return Linear.of(weight_NK, bias_N, kind=kind)
 
-        made: Linear = self._shared.get((self._kind, self._dtype), [*parts, *biases], make)
+        made: Linear = self._shared.get((kind, self._dtype), [*parts, *biases], make)
         return made
 
     def _stack(self, parts: Sequence[Tensor]) -> Tensor:

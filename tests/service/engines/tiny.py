@@ -78,7 +78,9 @@ def byte_level_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizer
     return fast
 
 
-def save_llama(folder: Path, *, seed: int = 0, faulty: bool = False, template: str | None = TEMPLATE) -> Path:
+def save_llama(
+    folder: Path, *, seed: int = 0, faulty: bool = False, template: str | None = TEMPLATE, **shape: int
+) -> Path:
     tokenizer = byte_level_tokenizer(template)
     marks = {
         "vocab_size": len(tokenizer),
@@ -90,7 +92,7 @@ def save_llama(folder: Path, *, seed: int = 0, faulty: bool = False, template: s
     if faulty:
         model: Any = FaultyLlama(FaultyConfig(**SHAPE, **marks, characters=faults))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE, **marks))
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE | shape, **marks))
     with torch.no_grad():
         # Neither ends an answer nor breaks it by itself.
         model.lm_head.weight[[tokenizer.eos_token_id, *faults.values()]] = 0
