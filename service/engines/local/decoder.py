@@ -5,8 +5,9 @@ Array names: T tokens, R rows, H hidden, X fused projections, D width of a head,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from service.engines.local import ops
 from service.engines.local.forward import Segment, Step, attend_span
+from service.engines.local.graphs import Graphs, Inputs
 from service.engines.local.linear import Linear
 from service.engines.local.ops import Shape
 from service.engines.local.weights import Weights
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+Attend = Callable[[int, int | None, Tensor], Tensor]
+"""Layer, its window, and its fused projections [T, X] after `place`: what the heads see [T, heads * width]."""
 STRETCHED = ("dynamic", "longrope")
 """Kinds of rotary embedding whose angles depend on the longest sequence around."""
 
@@ -77,6 +81,8 @@ class Decoder:
         positions_1W = torch.arange(config.max_position_embeddings, device=self._final_H.device)[None]
         self._cos_WD, self._sin_WD = (angles[0] for angles in rotary(self._final_H[None], positions_1W))
 
+        self._recorded: tuple[int, Graphs] | None = None
+
     def route(self, tokens: Sequence[int]) -> None:
         """Nothing: every prompt takes the same way."""
 
@@ -84,23 +90,49 @@ class Decoder:
     def forward(self, segments: Sequence[Segment], memory: Tensor) -> Tensor:
         """The logits [R, V] of the segments' wanted rows, in order."""
         step = Step(segments, self.shape.width, memory.device)
-        hidden_TH = self._embed(step.ids_T)
-        cos_TD, sin_TD = self._cos_WD[step.positions_T], self._sin_WD[step.positions_T]
+        if memory.device.type == "cuda" and step.is_plain:
+            return self._graphs(memory).run(step)
+        attend = partial(self._attend, step, memory)
+        hidden_TH, delta_TH = self._layers_over(step.ids_T, step.positions_T, step.slots_T, memory, attend)
+        rows_R = step.rows_R
+        return self._head(ops.norm(hidden_TH[rows_R], self._final_H, self._eps, delta_TH[rows_R]))
+
+    def compute(self, memory: Tensor, inputs: Inputs) -> Tensor:
+        """The logits [B, V] of a step of one token a row: work for the device alone, so that it can be recorded."""
+        ids_B, positions_B, slots_B, tables_BP, lengths_B = inputs
+
+        def attend(number: int, window: int | None, qkv_BX: Tensor) -> Tensor:
+            return ops.attend(qkv_BX, memory, tables_BP, lengths_B, number, self.shape, self._scale, window)
+
+        hidden_BH, delta_BH = self._layers_over(ids_B, positions_B, slots_B, memory, attend)
+        return self._head(ops.norm(hidden_BH, self._final_H, self._eps, delta_BH))
+
+    def _layers_over(
+        self, ids_T: Tensor, positions_T: Tensor, slots_T: Tensor, memory: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """The hidden states after all layers, and what is still to be added to them [T, H]."""
+        hidden_TH = self._embed(ids_T)
+        cos_TD, sin_TD = self._cos_WD[positions_T], self._sin_WD[positions_T]
         delta_TH: Tensor | None = None
         for number, layer in enumerate(self._layers):
             qkv_TX = layer.qkv(ops.norm(hidden_TH, layer.before_H, self._eps, delta_TH))
             norms = (layer.q_norm_D, layer.k_norm_D, self._eps)
-            ops.place(qkv_TX, cos_TD, sin_TD, memory, step.slots_T, number, self.shape, *norms)
-            delta_TH = layer.out(self._attend(qkv_TX, step, number, layer.window, memory))
+            ops.place(qkv_TX, cos_TD, sin_TD, memory, slots_T, number, self.shape, *norms)
+            delta_TH = layer.out(attend(number, layer.window, qkv_TX))
             delta_TH = layer.down(ops.silu_mul(layer.gate_up(ops.norm(hidden_TH, layer.after_H, self._eps, delta_TH))))
         assert delta_TH is not None
-        rows_R = step.rows_R
-        return self._head(ops.norm(hidden_TH[rows_R], self._final_H, self._eps, delta_TH[rows_R]))
+        return hidden_TH, delta_TH
+
+    def _graphs(self, memory: Tensor) -> Graphs:
+        if self._recorded is None or self._recorded[0] != memory.data_ptr():
+            spare = len(memory) - self.shape.page
+            self._recorded = (memory.data_ptr(), Graphs(partial(self.compute, memory), spare))
+        return self._recorded[1]
 
     def _embed(self, ids_T: Tensor) -> Tensor:
         return self._head.rows(ids_T) if self._embeddings_VH is None else self._embeddings_VH[ids_T]
 
-    def _attend(self, qkv_TX: Tensor, step: Step, number: int, window: int | None, memory: Tensor) -> Tensor:
+    def _attend(self, step: Step, memory: Tensor, number: int, window: int | None, qkv_TX: Tensor) -> Tensor:
         shape, singles, found = self.shape, step.singles, []
         if singles:
             tables_BP, lengths_B = step.tables_BP, step.lengths_B

@@ -51,6 +51,11 @@ class Step:
         assert all(count > 1 for count in counts[singles:]), "segments of one token come first"
         object.__setattr__(self, "singles", singles)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every segment is one token whose logits are wanted."""
+        return self.singles == len(self.segments) and all(segment.rows == 1 for segment in self.segments)
+
     @cached_property
     def ids_T(self) -> Tensor:
         """The tokens."""

@@ -490,16 +490,14 @@ FOR_512 INLINE void score_some(const float *queries, const void *keys, int64_t w
     }
 SCORE(score_bf16_512, 0)
 SCORE(score_fp32_512, 1)
-#endif
 
 static int has_512(void) {
-#if X86
     return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
-#else
-    return 0;
-#endif
 }
+
+static int has_256(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
 
 /* Scores become weights, e^(score - largest), in whole vectors; those before first and from last on become nothing. */
 INLINE void weigh(float *scores, int64_t first, int64_t last, float scale, float *sum, float *largest) {
@@ -623,16 +621,29 @@ INLINE void join_chunks(const Attend *job, int64_t row, int wide) {
     }
 }
 
-WIDE static void attend_bf16(const void *job, int64_t task) { attend_chunk(job, task, 0); }
-WIDE static void attend_fp32(const void *job, int64_t task) { attend_chunk(job, task, 1); }
+static void attend_bf16(const void *job, int64_t task) { attend_chunk(job, task, 0); }
+static void attend_fp32(const void *job, int64_t task) { attend_chunk(job, task, 1); }
+#if X86
+FOR_256 static void attend_bf16_256(const void *job, int64_t task) { attend_chunk(job, task, 0); }
+FOR_256 static void attend_fp32_256(const void *job, int64_t task) { attend_chunk(job, task, 1); }
+FOR_512 static void attend_bf16_512(const void *job, int64_t task) { attend_chunk(job, task, 0); }
+FOR_512 static void attend_fp32_512(const void *job, int64_t task) { attend_chunk(job, task, 1); }
+#endif
+
 WIDE static void join_bf16(const void *job, int64_t task) { join_chunks(job, task, 0); }
 WIDE static void join_fp32(const void *job, int64_t task) { join_chunks(job, task, 1); }
 
-static Score score_of(int wide) {
+/* The work of a task, and how it scores. */
+static Work attention(int wide, Score *score) {
+    *score = wide ? score_fp32 : score_bf16;
 #if X86
-    if (has_512()) return wide ? score_fp32_512 : score_bf16_512;
+    if (has_512()) {
+        *score = wide ? score_fp32_512 : score_bf16_512;
+        return wide ? attend_fp32_512 : attend_bf16_512;
+    }
+    if (has_256()) return wide ? attend_fp32_256 : attend_bf16_256;
 #endif
-    return wide ? score_fp32 : score_bf16;
+    return wide ? attend_fp32 : attend_bf16;
 }
 
 /* out[rows][heads * width] of the queries that begin each row of `stride` elements; width is a multiple of 16, at most
@@ -655,8 +666,8 @@ int attend(int wide, const void *queries, int64_t stride, const void *memory, co
         if (!parts) return 0;
     }
     Attend job = {queries, memory, tables, lengths,  out,   parts, rows,   stride, chunks,
-                  pages,   heads,  kv_heads, width, layer, window, scale, score_of(wide)};
-    Work work = wide ? attend_fp32 : attend_bf16, join = wide ? join_fp32 : join_bf16;
+                  pages,   heads,  kv_heads, width, layer, window, scale, NULL};
+    Work work = attention(wide, &job.score), join = wide ? join_fp32 : join_bf16;
     int64_t tasks = rows * kv_heads * chunks;
     if (tokens * heads * width < 32768) {
         for (int64_t task = 0; task < tasks; task++) work(&job, task);
@@ -894,7 +905,7 @@ static Way way(int kind) {
         if (kind == INT4) return (Way){bf16_dots, int4_dots, int4_unpacked, TILE};
         return (Way){bf16_dots, NULL, NULL, TILE};
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (has_256())
         return (Way){kind == FP32 ? fp32_256 : bf16_256, NULL, unpack[kind], 3};
 #endif
     return (Way){kind == FP32 ? fp32_any : bf16_any, NULL, unpack[kind], 3};

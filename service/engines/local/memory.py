@@ -32,7 +32,8 @@ class Memory:
 
     def __init__(self, chunks: int, chunk: int, dtype: torch.dtype, device: torch.device) -> None:
         self.chunks, self.chunk = chunks, chunk
-        self.data = torch.empty(chunks * chunk, dtype=dtype, device=device)
+        # One chunk more, in which nobody's pages lie: the last of it is for rows that only fill up a shape (graphs.py).
+        self.data = torch.empty((chunks + 1) * chunk, dtype=dtype, device=device)
         self._free = list(reversed(range(chunks)))
         self._shelves: list[Shelf] = []
 

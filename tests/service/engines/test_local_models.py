@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from transformers import (
 
 from service.engines.base import EngineError
 from service.engines.local.decoder import Decoder, is_ours
-from service.engines.local.forward import Model, Segment
+from service.engines.local.forward import Model, Segment, Step
+from service.engines.local.graphs import Graphs, Inputs, Recorded
 from service.engines.local.hosted import ATTENTION, Hosted
 from service.engines.local.memory import Memory
 from service.engines.local.ops import PAGE
@@ -97,14 +99,17 @@ class Texts:
         self._tables = [[page.offset for _ in range(0, 80, PAGE) if (page := shelf.take())] for _ in texts]
         self._done = [0] * len(texts)
 
-    def give(self, *parts: tuple[int, int, int]) -> list[Tensor]:
-        """The logits of (text, its next so many tokens, of so many the logits)."""
-        segments = []
+    def segments(self, *parts: tuple[int, int, int]) -> list[Segment]:
+        found = []
         for text, count, rows in parts:
             start = self._done[text]
-            segments.append(Segment(self._texts[text][start : start + count], start, self._tables[text], rows))
+            found.append(Segment(self._texts[text][start : start + count], start, self._tables[text], rows))
             self._done[text] += count
-        logits_RV = self._model.forward(segments, self._memory.data)
+        return found
+
+    def give(self, *parts: tuple[int, int, int]) -> list[Tensor]:
+        """The logits of (text, its next so many tokens, of so many the logits)."""
+        logits_RV = self._model.forward(self.segments(*parts), self._memory.data)
         assert len(logits_RV) == sum(rows for _, _, rows in parts)
         return list(torch.split(logits_RV, [rows for _, _, rows in parts]))
 
@@ -158,6 +163,31 @@ def test_a_row_has_the_same_bits_whoever_is_beside_it(tmp_path: Path) -> None:
     beside.give((0, 40, 1))
     beside.give((1, 18, 0), (2, 30, 0))
     assert torch.equal(beside.give((0, 1, 1), (1, 1, 1), (2, 1, 1))[0], first)
+
+
+def test_a_step_that_is_padded_to_a_recorded_shape_has_the_same_logits(tmp_path: Path) -> None:
+    """As on CUDA, with a recorder that computes again at every replay."""
+    reference = saved(tmp_path, CONFIGS["qwen3"])
+    model = ours(tmp_path, reference.config)
+    recorded: list[tuple[int, int]] = []
+
+    def record(compute: Any, inputs: Inputs) -> Recorded:
+        kept = Inputs(*(each.clone() for each in inputs))
+        logits_BV = compute(kept)
+        recorded.append(tuple(kept.tables_BP.shape))
+        return Recorded(kept, lambda: logits_BV.copy_(compute(kept)), logits_BV)
+
+    texts = random_texts()
+    plain, padded = Texts(model, texts), Texts(model, texts)
+    for each in (plain, padded):
+        each.give((0, 40, 1), (1, 10, 1), (2, 30, 1))
+    memory = padded._memory.data
+    graphs = Graphs(partial(model.compute, memory), len(memory) - model.shape.page, record)
+    for parts in (((0, 1, 1), (1, 1, 1), (2, 1, 1)), ((1, 1, 1),), ((0, 1, 1), (2, 1, 1), (1, 1, 1))):
+        expected = plain.give(*parts)
+        found = graphs.run(Step(padded.segments(*parts), model.shape.width, CPU))
+        torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    assert recorded == [(4, 8), (1, 8)]
 
 
 def test_in_bf16_it_is_as_near_to_fp32_as_transformers_is(tmp_path: Path) -> None:
