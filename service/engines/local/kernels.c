@@ -40,7 +40,6 @@
 
 typedef float F16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
-typedef uint16_t H16 __attribute__((vector_size(32)));
 
 INLINE float from_bits(uint32_t bits) {
     float value;
@@ -385,8 +384,15 @@ void silu_mul(int wide, const void *gate_up, void *out, int64_t rows, int64_t wi
 /* Attention. A task is a row's chunk of tokens below one key-value head; then the chunks of a row are put together in
    their order. */
 
-/* scores[head][token] of a page's keys for `count` queries, unscaled. */
-typedef void (*Score)(const float *queries, const void *keys, int64_t width, float *scores, int64_t count);
+/* A page of keys, and two of keys or values that are wanted next. Of bf16, vectors take 32 elements apart: 16 even ones
+   and 16 odd ones. Queries and weighted values lie as the vectors have them. */
+typedef struct {
+    const void *keys;
+    const char *next, *after;
+} Page;
+
+/* scores[head][token] of a page for `count` queries, unscaled. */
+typedef void (*Score)(const void *queries, const Page *page, int64_t width, float *scores, int64_t count);
 
 typedef struct {
     const void *queries, *memory;
@@ -398,41 +404,54 @@ typedef struct {
     Score score;
 } Attend;
 
-INLINE F16 load_16(const void *values, int64_t i, int wide) {
-    if (wide) {
-        F16 lanes;
-        memcpy(&lanes, (const float *)values + i, 64);
-        return lanes;
-    }
-    H16 raw;
-    memcpy(&raw, (const uint16_t *)values + i, 32);
-    return (F16)(__builtin_convertvector(raw, U16) << 16);
+INLINE F16 load_16(const float *values) {
+    F16 lanes;
+    memcpy(&lanes, values, 64);
+    return lanes;
 }
 
-INLINE void score_page(const float *queries, const void *keys, int64_t width, float *scores, int64_t count, int wide) {
+/* 32 elements. */
+INLINE void load_32(const void *values, int64_t i, F16 *lanes, int wide) {
+    U16 raw;
+    if (wide) {
+        lanes[0] = load_16((const float *)values + i);
+        lanes[1] = load_16((const float *)values + i + 16);
+    } else {
+        memcpy(&raw, (const uint16_t *)values + i, 64);
+        lanes[0] = (F16)(raw << 16);
+        lanes[1] = (F16)(raw & 0xFFFF0000u);
+    }
+}
+
+INLINE void score_page(const float *queries, const Page *page, int64_t width, float *scores, int64_t count, int wide) {
     for (int64_t head = 0; head < count; head++, queries += width, scores += CHUNK)
         for (int token = 0; token < PAGE; token++) {
             float lanes[16] = {0};
-            for (int64_t d = 0; d < width; d += 16)
-                for (int i = 0; i < 16; i++) lanes[i] += queries[d + i] * get(keys, token * width + d + i, wide);
+            for (int64_t d = 0; d < width; d += 32) {
+                F16 key[2];
+                load_32(page->keys, token * width + d, key, wide);
+                key[0] = key[0] * load_16(queries + d) + key[1] * load_16(queries + d + 16);
+                for (int i = 0; i < 16; i++) lanes[i] += key[0][i];
+            }
             for (int half = 8; half; half /= 2)
                 for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
             scores[token] = lanes[0];
         }
 }
 
-WIDE static void score_bf16(const float *queries, const void *keys, int64_t width, float *scores, int64_t count) {
-    score_page(queries, keys, width, scores, count, 0);
+static void score_bf16(const void *queries, const Page *page, int64_t width, float *scores, int64_t count) {
+    score_page(queries, page, width, scores, count, 0);
 }
-WIDE static void score_fp32(const float *queries, const void *keys, int64_t width, float *scores, int64_t count) {
-    score_page(queries, keys, width, scores, count, 1);
+static void score_fp32(const void *queries, const Page *page, int64_t width, float *scores, int64_t count) {
+    score_page(queries, page, width, scores, count, 1);
 }
 
 #if X86
-FOR_512 INLINE __m512 load_512(const void *values, int64_t i, int wide) {
-    if (wide) return _mm512_loadu_ps((const float *)values + i);
-    __m256i raw = _mm256_loadu_si256((const void *)((const uint16_t *)values + i));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+FOR_256 static void score_bf16_256(const void *queries, const Page *page, int64_t width, float *scores, int64_t count) {
+    score_page(queries, page, width, scores, count, 0);
+}
+FOR_256 static void score_fp32_256(const void *queries, const Page *page, int64_t width, float *scores, int64_t count) {
+    score_page(queries, page, width, scores, count, 1);
 }
 
 /* The sums of four vectors' quarters, a, b, c, d in each. */
@@ -447,26 +466,33 @@ FOR_512 INLINE __m512 neighbours(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
 }
 
-FOR_512 INLINE void score_some(const float *queries, const void *keys, int64_t width, float *scores, int count,
+/* `lanes` += products of a query's and a key's 32 elements. */
+FOR_512 INLINE __m512 products(const float *query, const F16 *key, __m512 lanes) {
+    lanes = _mm512_fmadd_ps(_mm512_loadu_ps(query), (__m512)key[0], lanes);
+    return _mm512_fmadd_ps(_mm512_loadu_ps(query + 16), (__m512)key[1], lanes);
+}
+
+FOR_512 INLINE void score_some(const float *queries, const Page *page, int64_t width, float *scores, int count,
                                int wide) {
     __m512 sums[GROUP][4];
 #pragma GCC unroll 4
     for (int four = 0; four < 4; four++) {
         __m512 lanes[GROUP][4];
+        int64_t start = four * 4 * width;
 #pragma GCC unroll 4
         for (int head = 0; head < count; head++)
 #pragma GCC unroll 4
             for (int token = 0; token < 4; token++) lanes[head][token] = _mm512_setzero_ps();
-        for (int64_t d = 0; d < width; d += 16) {
-            __m512 key[4];
+        for (int64_t d = 0; d < width; d += 32) {
 #pragma GCC unroll 4
-            for (int token = 0; token < 4; token++) key[token] = load_512(keys, (four * 4 + token) * width + d, wide);
+            for (int token = 0; token < 4; token++) {
+                F16 key[2];
+                load_32(page->keys, start + token * width + d, key, wide);
+                __builtin_prefetch(at(page->next, start + token * width + d, wide));
+                __builtin_prefetch(at(page->after, start + token * width + d, wide));
 #pragma GCC unroll 4
-            for (int head = 0; head < count; head++) {
-                __m512 query = _mm512_loadu_ps(queries + head * width + d);
-#pragma GCC unroll 4
-                for (int token = 0; token < 4; token++)
-                    lanes[head][token] = _mm512_fmadd_ps(query, key[token], lanes[head][token]);
+                for (int head = 0; head < count; head++)
+                    lanes[head][token] = products(queries + head * width + d, key, lanes[head][token]);
             }
         }
 #pragma GCC unroll 4
@@ -480,12 +506,12 @@ FOR_512 INLINE void score_some(const float *queries, const void *keys, int64_t w
 }
 
 #define SCORE(name, wide)                                                                                              \
-    FOR_512 static void name(const float *queries, const void *keys, int64_t width, float *scores, int64_t count) {    \
+    FOR_512 static void name(const void *queries, const Page *page, int64_t width, float *scores, int64_t count) {     \
         switch (count) {                                                                                               \
-        case 1: score_some(queries, keys, width, scores, 1, wide); break;                                              \
-        case 2: score_some(queries, keys, width, scores, 2, wide); break;                                              \
-        case 3: score_some(queries, keys, width, scores, 3, wide); break;                                              \
-        default: score_some(queries, keys, width, scores, GROUP, wide);                                                \
+        case 1: score_some(queries, page, width, scores, 1, wide); break;                                              \
+        case 2: score_some(queries, page, width, scores, 2, wide); break;                                              \
+        case 3: score_some(queries, page, width, scores, 3, wide); break;                                              \
+        default: score_some(queries, page, width, scores, GROUP, wide);                                                \
         }                                                                                                              \
     }
 SCORE(score_bf16_512, 0)
@@ -524,53 +550,47 @@ INLINE void weigh(float *scores, int64_t first, int64_t last, float scale, float
     *largest = most[0];
 }
 
-/* The weighted sum of 16 * `blocks` elements of the values from d on, for `count` heads. */
+/* The weighted sum of 32 * `blocks` elements of the values from d on, for `count` heads. */
 INLINE void blend(const float *scores, const void *const *values, int64_t first, int64_t last, int64_t width, int64_t d,
                   float *part, int blocks, int count, int wide) {
     F16 sums[GROUP][4] = {{{0}}};
     for (int64_t token = first; token < last;) {
-        const void *page = values[token / PAGE];
-        for (int64_t end = least(last, (token / PAGE + 1) * PAGE); token < end; token++) {
+        const void *value = at(values[token / PAGE], token % PAGE * width + d, wide);
+        for (int64_t end = least(last, (token / PAGE + 1) * PAGE); token < end; token++, value = at(value, width, wide)) {
             F16 lanes[4];
-#pragma GCC unroll 4
-            for (int block = 0; block < blocks; block++)
-                lanes[block] = load_16(page, token % PAGE * width + d + 16 * block, wide);
+            for (int block = 0; block < blocks; block++) load_32(value, 32 * block, lanes + 2 * block, wide);
 #pragma GCC unroll 4
             for (int head = 0; head < count; head++)
 #pragma GCC unroll 4
-                for (int block = 0; block < blocks; block++)
-                    sums[head][block] += lanes[block] * scores[head * CHUNK + token];
+                for (int i = 0; i < 2 * blocks; i++) sums[head][i] += lanes[i] * scores[head * CHUNK + token];
         }
     }
+#pragma GCC unroll 4
     for (int head = 0; head < count; head++)
-        memcpy(part + head * (width + 2) + d, sums[head], (size_t)blocks * 64);
+        memcpy(part + head * (width + 2) + d, sums[head], (size_t)blocks * 128);
 }
 
 /* `count` query heads that share keys over the tokens first .. last - 1 of a chunk. */
 INLINE void attend_heads(const Attend *job, const float *queries, const void *const *keys, const void *const *values,
-                         int64_t first, int64_t last, float *part, int count, int wide) {
-    int64_t width = job->width, bytes = PAGE * width * (wide ? 4 : 2);
+                         int64_t first, int64_t last, float *part, int count, int wide, int roomy) {
+    int64_t width = job->width;
     float scores[GROUP * CHUNK] __attribute__((aligned(64)));
     for (int64_t page = first / PAGE; page * PAGE < last; page++) {
-        const char *next = (page + 1) * PAGE < last ? keys[page + 1] : values[page], *own = values[page];
-        for (int64_t i = 0; i < bytes; i += 64) {
-            __builtin_prefetch(next + i, 0, 2);
-            __builtin_prefetch(own + i, 0, 2);
-        }
-        job->score(queries, keys[page], width, scores + page * PAGE, count);
+        Page both = {keys[page], (page + 1) * PAGE < last ? keys[page + 1] : values[page], values[page]};
+        job->score(queries, &both, width, scores + page * PAGE, count);
     }
     for (int head = 0; head < count; head++) {
         float *out = part + head * (width + 2) + width;
         weigh(scores + head * CHUNK, first, last, job->scale, out, out + 1);
     }
     int64_t d = 0;
-    if (count < 3)
-        for (; d + 64 <= width; d += 64) blend(scores, values, first, last, width, d, part, 4, count, wide);
-    for (; d + 32 <= width; d += 32) blend(scores, values, first, last, width, d, part, 2, count, wide);
-    for (; d < width; d += 16) blend(scores, values, first, last, width, d, part, 1, count, wide);
+    if (roomy || count < 3)
+        for (; d + 64 <= width; d += 64) blend(scores, values, first, last, width, d, part, 2, count, wide);
+    for (; d < width; d += 32) blend(scores, values, first, last, width, d, part, 1, count, wide);
 }
 
-INLINE void attend_chunk(const Attend *job, int64_t task, int wide) {
+/* roomy: there are registers for eight vectors' sums twice. */
+INLINE void attend_chunk(const Attend *job, int64_t task, int wide, int roomy) {
     int64_t width = job->width, group = job->heads / job->kv_heads;
     int64_t chunk = task % job->chunks, shared = task / job->chunks % job->kv_heads;
     int64_t row = task / job->chunks / job->kv_heads;
@@ -589,13 +609,17 @@ INLINE void attend_chunk(const Attend *job, int64_t task, int wide) {
     for (int64_t head = shared * group; head < (shared + 1) * group;) {
         int64_t count = least((shared + 1) * group - head, GROUP);
         int64_t query = row * job->stride + head * width;
-        for (int64_t i = 0; i < count * width; i++) queries[i] = get(job->queries, query + i, wide);
+        for (int64_t i = 0; i < count * width; i += 32) {
+            F16 lanes[2];
+            load_32(job->queries, query + i, lanes, wide);
+            memcpy(queries + i, lanes, sizeof lanes);
+        }
         float *part = job->parts + ((row * job->chunks + chunk) * job->heads + head) * (width + 2);
         switch (count) {
-        case 1: attend_heads(job, queries, keys, values, first, last, part, 1, wide); break;
-        case 2: attend_heads(job, queries, keys, values, first, last, part, 2, wide); break;
-        case 3: attend_heads(job, queries, keys, values, first, last, part, 3, wide); break;
-        default: attend_heads(job, queries, keys, values, first, last, part, GROUP, wide);
+        case 1: attend_heads(job, queries, keys, values, first, last, part, 1, wide, roomy); break;
+        case 2: attend_heads(job, queries, keys, values, first, last, part, 2, wide, roomy); break;
+        case 3: attend_heads(job, queries, keys, values, first, last, part, 3, wide, roomy); break;
+        default: attend_heads(job, queries, keys, values, first, last, part, GROUP, wide, roomy);
         }
         head += count;
     }
@@ -617,17 +641,21 @@ INLINE void join_chunks(const Attend *job, int64_t row, int wide) {
             weight += part[width] * factor;
             for (int64_t i = 0; i < width; i++) sums[i] += part[i] * factor;
         }
-        for (int64_t i = 0; i < width; i++) put(out, i, sums[i] / weight, wide);
+        for (int64_t d = 0; d < width; d += 32)
+            for (int i = 0; i < 16; i++) {
+                put(out, wide ? d + i : d + 2 * i, sums[d + i] / weight, wide);
+                put(out, wide ? d + 16 + i : d + 2 * i + 1, sums[d + 16 + i] / weight, wide);
+            }
     }
 }
 
-static void attend_bf16(const void *job, int64_t task) { attend_chunk(job, task, 0); }
-static void attend_fp32(const void *job, int64_t task) { attend_chunk(job, task, 1); }
+static void attend_bf16(const void *job, int64_t task) { attend_chunk(job, task, 0, 0); }
+static void attend_fp32(const void *job, int64_t task) { attend_chunk(job, task, 1, 0); }
 #if X86
-FOR_256 static void attend_bf16_256(const void *job, int64_t task) { attend_chunk(job, task, 0); }
-FOR_256 static void attend_fp32_256(const void *job, int64_t task) { attend_chunk(job, task, 1); }
-FOR_512 static void attend_bf16_512(const void *job, int64_t task) { attend_chunk(job, task, 0); }
-FOR_512 static void attend_fp32_512(const void *job, int64_t task) { attend_chunk(job, task, 1); }
+FOR_256 static void attend_bf16_256(const void *job, int64_t task) { attend_chunk(job, task, 0, 0); }
+FOR_256 static void attend_fp32_256(const void *job, int64_t task) { attend_chunk(job, task, 1, 0); }
+FOR_512 static void attend_bf16_512(const void *job, int64_t task) { attend_chunk(job, task, 0, 1); }
+FOR_512 static void attend_fp32_512(const void *job, int64_t task) { attend_chunk(job, task, 1, 1); }
 #endif
 
 WIDE static void join_bf16(const void *job, int64_t task) { join_chunks(job, task, 0); }
@@ -641,12 +669,15 @@ static Work attention(int wide, Score *score) {
         *score = wide ? score_fp32_512 : score_bf16_512;
         return wide ? attend_fp32_512 : attend_bf16_512;
     }
-    if (has_256()) return wide ? attend_fp32_256 : attend_bf16_256;
+    if (has_256()) {
+        *score = wide ? score_fp32_256 : score_bf16_256;
+        return wide ? attend_fp32_256 : attend_bf16_256;
+    }
 #endif
     return wide ? attend_fp32 : attend_bf16;
 }
 
-/* out[rows][heads * width] of the queries that begin each row of `stride` elements; width is a multiple of 16, at most
+/* out[rows][heads * width] of the queries that begin each row of `stride` elements; width is a multiple of 32, at most
    WIDEST. window: 0 is none. 0: out of memory. */
 int attend(int wide, const void *queries, int64_t stride, const void *memory, const int64_t *tables,
            const int64_t *lengths, void *out, int64_t rows, int64_t pages, int64_t heads, int64_t kv_heads,
@@ -702,7 +733,7 @@ INLINE void tile_fp32(const void *inputs, int64_t stride, const void *panel, con
     const char *next = ahead->from;
     F16 sums[TILE][2] = {{{0}}};
     for (int64_t k = 0; k < depth; k++, w += PANEL, next += ahead->pace) {
-        F16 left = load_16(w, 0, 1), right = load_16(w, 16, 1);
+        F16 left = load_16(w), right = load_16(w + 16);
         __builtin_prefetch(next);
         __builtin_prefetch(next + 64);
 #pragma GCC unroll 12

@@ -142,7 +142,7 @@ def attend(
     valid offset. Of a window, the last so many tokens.
     """
     rows, pages = tables_BP.shape
-    if shape.width % 16 == 0 and shape.width <= WIDEST and (functions := _library(qkv_BX)):
+    if shape.width % 32 == 0 and shape.width <= WIDEST and (functions := _library(qkv_BX)):
         assert _alike(qkv_BX, memory)
         assert _alike(tables_BP, lengths_B)
         assert tables_BP.dtype == torch.int64

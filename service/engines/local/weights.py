@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, TypeVar
@@ -24,31 +26,38 @@ SAMPLE = 64
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as it lies in a file."""
+
+    path: Path
+    name: str
+    tensor: Tensor
+
+
 class Shared(Generic[T]):
     """What was made of tensors, found again by the same values in another file, as long as anybody has it."""
 
     def __init__(self) -> None:
-        self._made: WeakValueDictionary[Any, Any] = WeakValueDictionary()
-        self._sources: dict[Any, list[tuple[int, list[Tensor]]]] = {}
-        self._lock = Lock()
-        self._count = 0
+        self._made: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        self._sources: dict[object, list[tuple[int, list[tuple[Path, str]]]]] = {}
+        self._locks: dict[object, Lock] = {}
+        self._numbers = count()
 
-    def get(self, kind: object, sources: list[Tensor], make: Callable[[], T]) -> T:
+    def get(self, kind: object, sources: list[Stored], make: Callable[[], T]) -> T:
         """What `make` made of such tensors before, or makes now. kind: what else it depends on."""
-        key = (kind, *(_sample(source) for source in sources))
-        with self._lock:
-            same = list(self._sources.get(key, ()))
-        for number, known in same:
-            found = self._made.get(number)
-            if found is not None and all(map(torch.equal, known, sources)):
-                return found  # type: ignore[no-any-return]
-        made = make()
-        with self._lock:
-            self._count += 1
-            self._made[self._count] = made
-            alive = [each for each in self._sources.get(key, ()) if each[0] in self._made]
-            self._sources[key] = [*alive, (self._count, sources)]
-        return made
+        key = (kind, *(_sample(source.tensor) for source in sources))
+        with self._locks.setdefault(key, Lock()):  # two loaders may come at once with the same
+            known = [each for each in self._sources.get(key, ()) if each[0] in self._made]
+            for number, others in known:
+                found: T | None = self._made.get(number)
+                if found is not None and all(map(_equal, others, sources)):
+                    return found
+            made, number = make(), next(self._numbers)
+            self._made[number] = made
+            # Where they lie, not what they are: that would be held twice.
+            self._sources[key] = [*known, (number, [(source.path, source.name) for source in sources])]
+            return made
 
 
 class Weights:
@@ -68,7 +77,7 @@ class Weights:
         self._dtype, self._device, self._kind, self._shared = dtype, device, kind, shared
         self._progress, self._taken, self._total = progress, 0, 0
         self._files = ExitStack()
-        self._where = {name: file for file in self._open() for name in file.keys()}  # noqa: SIM118 - it is no dict
+        self._where = {name: (path, file) for path, file in self._open() for name in file.keys()}  # noqa: SIM118
 
     def __enter__(self) -> Weights:
         return self
@@ -83,7 +92,8 @@ class Weights:
     def tensor(self, name: str, *shape: int) -> Tensor:
         """A tensor of this shape, in the engine's dtype, on its device. Raises EngineError."""
         stored = self._stored(name, shape)
-        made: Tensor = self._shared.get(None, [stored], lambda: stored.to(self._device, self._dtype))
+        # A copy, where `to` makes none: what is mapped from a file goes with the file.
+        made: Tensor = self._shared.get(None, [stored], lambda: self._stack([stored]))
         return made
 
     def linear(self, names: Sequence[str], rows: Sequence[int], columns: int, *, whole: bool = False) -> Linear:
@@ -110,23 +120,24 @@ class Weights:
         made: Linear = self._shared.get((kind, self._dtype), [*parts, *biases], make)
         return made
 
-    def _stack(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([part.to(self._device, self._dtype) for part in parts])
+    def _stack(self, parts: Sequence[Stored]) -> Tensor:
+        return torch.cat([part.tensor.to(self._device, self._dtype) for part in parts])
 
-    def _stored(self, name: str, shape: Sequence[int]) -> Tensor:
+    def _stored(self, name: str, shape: Sequence[int]) -> Stored:
         if name not in self._where:
             raise EngineError(f"no tensor {name} in {self.folder}: is the bundle complete?")
         try:
-            stored: Tensor = self._where[name].get_tensor(name)
+            path, file = self._where[name]
+            stored: Tensor = file.get_tensor(name)
         except (SafetensorError, RuntimeError) as exc:
             raise EngineError(f"{name} in {self.folder} cannot be read: {exc}") from exc
         if tuple(stored.shape) != tuple(shape):
             raise EngineError(f"{name} in {self.folder} is {list(stored.shape)}, its config says {list(shape)}")
         self._taken += stored.nbytes
         self._progress(min(self._taken / self._total, 1.0))
-        return stored
+        return Stored(path, name, stored)
 
-    def _open(self) -> Iterator[Any]:
+    def _open(self) -> Iterator[tuple[Path, Any]]:
         names = [SINGLE]
         if (self.folder / INDEX).exists():
             index = json.loads((self.folder / INDEX).read_text("utf-8"))
@@ -134,7 +145,7 @@ class Weights:
         for name in names:
             try:
                 self._total += (self.folder / name).stat().st_size
-                yield self._files.enter_context(safe_open(self.folder / name, framework="pt"))
+                yield self.folder / name, self._files.enter_context(safe_open(self.folder / name, framework="pt"))
             except (OSError, SafetensorError) as exc:
                 raise EngineError(f"{self.folder / name} cannot be read: {exc}") from exc
 
@@ -157,6 +168,15 @@ def parameters(folder: Path) -> int:
 def has_safetensors(folder: Path) -> bool:
     """Whether the weights of the folder are such files."""
     return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
+def _equal(where: tuple[Path, str], stored: Stored) -> bool:
+    path, name = where
+    try:
+        with safe_open(path, framework="pt") as file:
+            return torch.equal(file.get_tensor(name), stored.tensor)
+    except (OSError, SafetensorError):  # it is no longer there
+        return False
 
 
 def _sample(tensor: Tensor) -> tuple[object, ...]:
