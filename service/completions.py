@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from routers.prompt import PromptRouter
 from service.decisions import Decision, Request, attempts, best_alone, decide
-from service.engines.base import Engine, EngineError, Job, Piece, Tokens, UnsupportedError, Usage
+from service.engines.base import Engine, EngineError, Finish, Job, Piece, Tokens, UnsupportedError, Usage
 from service.metrics import Metrics
 from service.sessions import Sessions
 from service.stops import until
@@ -23,20 +24,32 @@ T = TypeVar("T")
 
 
 class Answer:
-    """One answer under way, and how many tokens it has cost so far. To be closed."""
+    """One answer under way, and how many tokens it has cost so far. To be closed.
+
+    began, first_at, last_at: when it was, and its first and its latest piece came, by time.perf_counter. finish: why it
+    ended; `abort` where nobody waited for that, `error` where it broke.
+    """
 
     def __init__(self, job: Job, pieces: AsyncGenerator[Piece, None]) -> None:
         self.job = job
         self.tokens = 0
         self.usage = Usage(len(job.tokens))
+        self.began = time.perf_counter()
+        self.first_at: float | None = None
+        self.last_at: float | None = None
+        self.finish: Finish | Literal["abort", "error"] = "abort"
         self._pieces = pieces
-        self.first = asyncio.create_task(_next(pieces))
+        self.first = asyncio.create_task(self._begin())
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """All pieces, the last with a finish; their texts may be empty while a stop string is pending."""
-        yield self._counted(await self.first)
-        async for piece in self._pieces:
-            yield self._counted(piece)
+        try:
+            yield self._counted(await self.first)
+            async for piece in self._pieces:
+                yield self._counted(piece)
+        except Exception:
+            self.finish = "error"
+            raise
 
     async def whole(self) -> Piece:
         """The answer as one piece."""
@@ -51,7 +64,14 @@ class Answer:
         await asyncio.gather(self.first, return_exceptions=True)
         await self._pieces.aclose()
 
+    async def _begin(self) -> Piece:
+        piece = await anext(self._pieces)
+        self.first_at = time.perf_counter()
+        return piece
+
     def _counted(self, piece: Piece) -> Piece:
+        self.last_at = time.perf_counter()
+        self.finish = piece.finish or self.finish
         self.tokens += piece.tokens
         self.usage = piece.usage or self.usage
         return piece
@@ -234,10 +254,6 @@ def _likelihood(piece: Piece) -> float:
     """The mean log-probability of its tokens."""
     logprobs = [scored.logprob for scored in piece.scored if scored.logprob is not None]
     return sum(logprobs) / len(logprobs) if logprobs else -math.inf
-
-
-async def _next(pieces: AsyncGenerator[Piece, None]) -> Piece:
-    return await anext(pieces)
 
 
 async def _pump(index: int, answer: Answer, queue: asyncio.Queue[tuple[int, Piece | BaseException]]) -> None:

@@ -61,7 +61,7 @@ class Request:
 class Decision:
     """The route of a request within its limits, the text that it was made from, and how long it took.
 
-    session: the key that the answering expert is to be remembered by.
+    session: the key that the answering expert is to be remembered by. at: when it was begun, by time.perf_counter.
     """
 
     text: str
@@ -69,6 +69,7 @@ class Decision:
     seconds: float
     limits: Limits = NO_LIMITS
     session: str | None = None
+    at: float = 0.0
 
     @property
     def experts(self) -> dict[str, float]:
@@ -94,7 +95,7 @@ def decide(request: Request, router: PromptRouter, engine: Engine, sessions: Ses
         route = router.route(text, limits=limits)
         last = sessions.last(session) if session and past else None
         route = keep(route, last) if last else route
-    return Decision(text, route, time.perf_counter() - began, limits, session)
+    return Decision(text, route, time.perf_counter() - began, limits, session, began)
 
 
 def attempts(decision: Decision) -> Iterator[Decision]:

@@ -18,6 +18,47 @@ class RequestError(ModelGlueError):
         self.code = code
 
 
+class AccessError(ModelGlueError):
+    """No key, one that is not known, or one that may not do this."""
+
+
+class ForbiddenError(ModelGlueError):
+    """Something that only an administrator may do."""
+
+
+class LimitError(ModelGlueError):
+    """A key's limit is reached; `code` says which. after: seconds by which it may be tried again."""
+
+    def __init__(self, message: str, after: float, code: str) -> None:
+        super().__init__(message)
+        self.after = after
+        self.code = code
+
+
+class StoppingError(ModelGlueError):
+    """The service is about to end, and takes nothing new."""
+
+
+class DeadlineError(ModelGlueError):
+    """A request took longer than one may."""
+
+
+class SlowBodyError(DeadlineError):
+    """A client did not send its whole body in the time that a request may take."""
+
+
+class UnknownRequestError(ModelGlueError):
+    """A request that was not logged, or no longer is."""
+
+
+class UnavailableError(ModelGlueError):
+    """Something that cannot be done for now."""
+
+
+class ReloadError(ModelGlueError):
+    """A bundle that cannot take the place of the one that is served, which goes on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """How a failure is answered."""
@@ -38,6 +79,16 @@ KINDS: dict[type[Exception], Kind] = {
     NotReadyError: Kind(503, "server_error", "loading", {"retry-after": "2"}),
     # Asking again will not revive it: OpenAI's clients, which retry every 5xx, heed this header.
     EngineError: Kind(503, "server_error", "expert_failed", {"x-should-retry": "false"}),
+    AccessError: Kind(401, code="invalid_api_key", headers={"www-authenticate": "Bearer"}),
+    ForbiddenError: Kind(403, code="forbidden"),
+    LimitError: Kind(429, "requests", "rate_limit_exceeded"),
+    StoppingError: Kind(503, "server_error", "stopping", {"retry-after": "2"}),
+    # The same request would take as long again.
+    DeadlineError: Kind(504, "server_error", "deadline_exceeded", {"x-should-retry": "false"}),
+    SlowBodyError: Kind(408, code="request_timeout", headers={"connection": "close", "x-should-retry": "false"}),
+    UnknownRequestError: Kind(404, code="request_not_found"),
+    UnavailableError: Kind(503, "server_error", "unavailable", {"retry-after": "10"}),
+    ReloadError: Kind(409, code="reload_refused"),
     Exception: Kind(500, "server_error", "internal_error"),
 }
 
@@ -49,7 +100,7 @@ def kind(exc: Exception) -> Kind:
 
 def headers(exc: Exception) -> dict[str, str]:
     """What tells a client whether, and when, to ask again."""
-    if isinstance(exc, BusyError):
+    if isinstance(exc, BusyError | LimitError):
         return {"retry-after": str(math.ceil(exc.after)), "retry-after-ms": str(math.ceil(1000 * exc.after))}
     return kind(exc).headers
 
