@@ -556,7 +556,8 @@ INLINE void blend(const float *scores, const void *const *values, int64_t first,
     F16 sums[GROUP][4] = {{{0}}};
     for (int64_t token = first; token < last;) {
         const void *value = at(values[token / PAGE], token % PAGE * width + d, wide);
-        for (int64_t end = least(last, (token / PAGE + 1) * PAGE); token < end; token++, value = at(value, width, wide)) {
+        int64_t end = least(last, (token / PAGE + 1) * PAGE);
+        for (; token < end; token++, value = at(value, width, wide)) {
             F16 lanes[4];
             for (int block = 0; block < blocks; block++) load_32(value, 32 * block, lanes + 2 * block, wide);
 #pragma GCC unroll 4
