@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
 import torch
 
 from service.engines.base import (
@@ -34,6 +33,7 @@ from service.engines.base import (
     Usage,
     fit,
 )
+from service.engines.local import room
 from service.engines.local.bits import Bits
 from service.engines.local.expert import Expert, Loading, best_dtype, config_of, read, shape_of
 from service.engines.local.linear import Kind
@@ -48,9 +48,6 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 10.0
 """Seconds that `aclose` waits for a step or a load that cannot be interrupted."""
-SHARE = 0.25
-"""Of the free memory, for keys and values, unless it is said."""
-MOST_SHARE = 8 << 30
 PAGES_A_CHUNK = 8
 
 
@@ -229,7 +226,7 @@ class LocalEngine:
                 log.exception("%s failed to load", name)
                 self._status[name] = failed_to_load(folder, exc)
         chunk = PAGES_A_CHUNK * max(pages)
-        size = self._options.kv_bytes or _share(self._how.device)
+        size = self._options.kv_bytes or room.for_keys_and_values(self._how.device)
         chunks = max(size // (chunk * self._how.dtype.itemsize), 1)
         return Memory(chunks, chunk, self._how.dtype, self._how.device)
 
@@ -285,11 +282,6 @@ def default_threads() -> int:
     """OMP_NUM_THREADS, which a container sets to its share of the node; else all cores but the event loop's."""
     stated = os.environ.get("OMP_NUM_THREADS", "")
     return int(stated) if stated.isdecimal() and int(stated) else max(1, len(os.sched_getaffinity(0)) - 1)
-
-
-def _share(device: torch.device) -> int:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return min(int(SHARE * free), MOST_SHARE) if device.type == "cpu" else int(SHARE * free)
 
 
 def _put(deliveries: list[Delivery]) -> None:

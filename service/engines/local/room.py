@@ -1,0 +1,32 @@
+"""How much memory this process may still take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+GROUP = Path("/sys/fs/cgroup")
+SHARE = 0.25
+"""Of the free memory, for keys and values, unless it is said."""
+MOST = 8 << 30
+"""Bytes of it on a processor: more is of no use before its arithmetic is at its limit."""
+
+
+def for_keys_and_values(device: torch.device) -> int:
+    """Bytes that key-value memory takes unless it is said."""
+    if device.type == "cuda":
+        return int(SHARE * torch.cuda.mem_get_info(device)[0])
+    return min(int(SHARE * free()), MOST)
+
+
+def free(group: Path = GROUP) -> int:
+    """Bytes of the machine's free memory, or what is left of the container's."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        most = (group / "memory.max").read_text("utf-8").strip()
+        used = int((group / "memory.current").read_text("utf-8"))
+    except (OSError, ValueError):  # no control group of version 2
+        return available
+    return min(available, max(int(most) - used, 0)) if most.isdecimal() else available

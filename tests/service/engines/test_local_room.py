@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from service.engines.local import room
+
+
+@pytest.mark.parametrize(
+    ("most", "used", "left"),
+    [("1000000", "400000", 600000), ("1000", "2000", 0), ("max", "5", None), (None, None, None)],
+)
+def test_a_containers_limit_counts_before_the_machines(
+    tmp_path: Path, most: str | None, used: str | None, left: int | None
+) -> None:
+    for name, value in (("memory.max", most), ("memory.current", used)):
+        if value is not None:
+            (tmp_path / name).write_text(f"{value}\n")
+    found = room.free(tmp_path)
+    if left is None:
+        assert found == pytest.approx(psutil.virtual_memory().available, rel=0.5)
+    else:
+        assert found == left
+
+
+def test_keys_and_values_take_a_part_of_what_is_free() -> None:
+    assert 0 < room.for_keys_and_values(torch.device("cpu")) <= min(room.MOST, room.free())
