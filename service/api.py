@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -22,7 +23,7 @@ from routers.bundle import Bundle
 from routers.errors import ModelGlueError
 from routers.explain import Detail, explain
 from routers.policy import pin
-from service import completions, decisions, errors
+from service import completions, decisions, docs, errors, openapi
 from service.completions import Completion
 from service.decisions import POLICIES, Decision, estimated_tokens, read_tokens
 from service.engines.base import Engine, Prompt, Sampling, State
@@ -53,6 +54,7 @@ PAGES = {
     "/": ("index.html", "text/html"),
     "/playground.css": ("playground.css", "text/css"),
     "/playground.js": ("playground.js", "text/javascript"),
+    "/docs.css": ("docs.css", "text/css"),
 }
 PAGE_HEADERS = {
     "cache-control": "no-cache",
@@ -90,6 +92,7 @@ class Api:
     def endpoints(self) -> APIRouter:
         """Every path there is."""
         api = APIRouter(redirect_slashes=False)
+        self._document = cache(partial(openapi.document, api.routes))
         api.add_api_route("/v1/completions", self.complete, methods=["POST"])
         api.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         api.add_api_route("/v1/embeddings", self.embed, methods=["POST"])
@@ -106,6 +109,8 @@ class Api:
             api.add_api_route(path, self.healthz, methods=["GET"])
         api.add_api_route("/readyz", self.readyz, methods=["GET"])
         api.add_api_route("/metrics", self.metrics, methods=["GET"])
+        api.add_api_route("/openapi.json", self.openapi, methods=["GET"])
+        api.add_api_route("/docs", self.docs, methods=["GET"])
         for path, (file, media_type) in PAGES.items():
             api.add_api_route(path, _page(PLAYGROUND / file, media_type), methods=["GET"])
         return api
@@ -194,6 +199,14 @@ class Api:
     async def metrics(self) -> Response:
         """For Prometheus."""
         return Response(self._metrics.exposition(self._engine.status()), media_type=CONTENT_TYPE_LATEST)
+
+    async def openapi(self) -> Json:
+        """This interface as an OpenAPI document."""
+        return self._document()
+
+    async def docs(self) -> Response:
+        """That document as a page."""
+        return Response(docs.page(self._document()), media_type="text/html", headers=PAGE_HEADERS)
 
     async def _answer(self, request: Request, body: Body) -> Response:
         requests = body.requests(*_named(request))

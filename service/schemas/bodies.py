@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from service.decisions import Request
 from service.engines.base import Guide, Message, Prompt, Sampling, Tokens
@@ -15,7 +15,17 @@ from service.schemas.fields import NEUTRAL, Json, Routed, Strict
 MOST_ANSWERS: Final = 1024
 """Answers that one request may ask for, over all of its prompts."""
 
-Token = int
+T = TypeVar("T")
+Token = Annotated[int, Field(ge=0)]
+Some = Annotated[list[T], Field(min_length=1)]
+
+Prompts = str | Some[str] | Some[Token] | Some[Some[Token]]
+StopString = Annotated[str, Field(min_length=1)]
+Stops = StopString | Annotated[list[StopString], Field(max_length=4)]
+BIASES: Final[Json] = {
+    "propertyNames": {"pattern": "^[0-9]+$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
 
 
 class StreamOptions(Strict):
@@ -26,8 +36,17 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
+class TextPart(Strict):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
 class Turn(Strict):
     """One message of a chat; its content may come in text parts."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"enum": [None, []]}})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
@@ -41,7 +60,7 @@ class Turn(Strict):
             return fields
         return {name: value for name, value in fields.items() if value not in (None, [])}
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
     @classmethod
     def _joined(cls, content: Any) -> Any:
         if not isinstance(content, list):
@@ -115,7 +134,7 @@ class Body(Strict, Routed):
     top_p: float = Field(default=1.0, gt=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[str, float] = Field(default={})
+    logit_bias: dict[str, float] = Field(default={}, json_schema_extra=BIASES)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: list[str] = Field(default=[], max_length=4)
     n: int = Field(default=1, ge=1, le=128)
@@ -143,7 +162,7 @@ class Body(Strict, Routed):
     prompt_cache_retention: str = ""
     request_id: str = ""
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=Stops)
     @classmethod
     def _as_list(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
@@ -266,7 +285,7 @@ class CompletionBody(Body):
     prefix = "cmpl"
     neutral = NEUTRAL | {"add_special_tokens": (True,)}
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: Prompts
     max_tokens: int = Field(default=16, ge=0)
     best_of: int = Field(default=1, ge=1, le=128)
     echo: bool = False

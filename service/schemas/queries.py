@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -15,6 +15,9 @@ from service.schemas.fields import Routed, Strict
 
 MOST_INPUTS: Final = 2048
 """Texts of one request for embeddings, as with OpenAI."""
+
+Text = Annotated[str, Field(min_length=1)]
+Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
 
 
 class DetailQuery(BaseModel):
@@ -46,7 +49,7 @@ class EmbeddingsBody(Strict):
     encoding_format: Literal["float", "base64"] = "float"
     user: str = ""
 
-    @field_validator("input", mode="before")
+    @field_validator("input", mode="before", json_schema_input_type=Texts)
     @classmethod
     def _as_list(cls, texts: Any) -> Any:
         return [texts] if isinstance(texts, str) else texts
