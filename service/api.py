@@ -23,11 +23,14 @@ from routers.bundle import Bundle
 from routers.errors import ModelGlueError
 from routers.explain import Detail, explain
 from routers.policy import pin
+from routers.routelog import router_digest
 from service import completions, decisions, docs, errors, openapi
+from service import record as records
 from service.completions import Completion
 from service.decisions import POLICIES, Decision, estimated_tokens, read_tokens
+from service.ending import Drain, cause
 from service.engines.base import Engine, Prompt, Sampling, State
-from service.errors import RequestError
+from service.errors import CLIENT_LEFT, RequestError
 from service.events import HEARTBEAT, EventStream
 from service.metrics import Metrics
 from service.schemas import answers
@@ -35,19 +38,19 @@ from service.schemas.answers import Writer
 from service.schemas.bodies import Body, ChatBody, CompletionBody
 from service.schemas.fields import Json
 from service.schemas.queries import DetailQuery, DetokenizeBody, EmbeddingsBody, RouteQuery, TokenizeBody
+from service.served import Served
 from service.sessions import Sessions
 
 MAX_BODY: Final = 1 << 20
 """Bytes of a request's body."""
 
-MAX_BATCH: Final = 1 << 24
-"""Bytes of a batch's body."""
+BATCH: Final = 16
+"""A batch's body may be so many times as large."""
+
+MAX_BATCH: Final = BATCH * MAX_BODY
 
 PATIENCE: Final = 2.0
 """Seconds that a stream waits for its first pieces: until then a failure has a status, and another expert is tried."""
-
-CLIENT_LEFT: Final = 499
-"""nginx's status for a client that did not wait: nobody reads it but the log."""
 
 PLAYGROUND = Path(__file__).parent / "playground"
 PAGES = {
@@ -76,18 +79,26 @@ class Api:
     """
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, *, patience: float = PATIENCE, heartbeat: float = HEARTBEAT
+        self,
+        served: Served,
+        engine: Engine,
+        metrics: Metrics,
+        drain: Drain,
+        *,
+        patience: float = PATIENCE,
+        heartbeat: float = HEARTBEAT,
+        max_body: int = MAX_BODY,
     ) -> None:
-        """patience, heartbeat: seconds."""
-        self._bundle = bundle
-        self._router = bundle.router
+        """patience, heartbeat: seconds. max_body: bytes."""
+        self._served = served
         self._engine = engine
-        self._metrics = Metrics(bundle.router.experts)
+        self._metrics = metrics
+        self._drain = drain
         self._sessions = Sessions()
         self._patience = patience
         self._heartbeat = heartbeat
+        self._max_body = max_body
         self._since = int(time.time())
-        self._fingerprint = f"fp_{bundle.manifest.inputs_sha256[:10]}"
 
     def endpoints(self) -> APIRouter:
         """Every path there is."""
@@ -117,16 +128,16 @@ class Api:
 
     async def complete(self, request: Request) -> Response:
         """Continue a text."""
-        return await self._answer(request, CompletionBody.of(await read(request)))
+        return await self._answer(request, CompletionBody.of(await read(request, self._max_body)))
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
-        return await self._answer(request, ChatBody.of(await read(request)))
+        return await self._answer(request, ChatBody.of(await read(request, self._max_body)))
 
     async def embed(self, request: Request) -> Json:
         """The vectors that prompts are routed by."""
-        body = EmbeddingsBody.of(await read(request))
-        features = self._router.features
+        body = EmbeddingsBody.of(await read(request, self._max_body))
+        features = self._served.router.features
         # Off the event loop: two thousand texts take seconds.
         vectors = await asyncio.to_thread(lambda: [features.vector(text) for text in body.input])
         tokens = sum(estimated_tokens(text, features) for text in body.input)
@@ -134,15 +145,15 @@ class Api:
 
     async def route_of_query(self, request: Request, query: Annotated[RouteQuery, Query()]) -> Json:
         """The route of a prompt, and why; nothing is generated."""
-        return self._route(query.request(*_named(request)), query.detail)
+        return self._route(self._served.bundle, query.request(*_named(request)), query.detail)
 
     async def route_of_body(self, request: Request, query: Annotated[DetailQuery, Query()]) -> Json | list[Json]:
         """The route that serving would take with this very body; of several prompts, a list."""
-        return self._routes(await read(request), request, query.detail)
+        return self._routes(await read(request, self._max_body), request, query.detail)
 
     async def routes_of_lines(self, request: Request, query: Annotated[DetailQuery, Query()]) -> Response:
         """JSONL to JSONL: the route of each line's body, or the error that it would get, in order."""
-        lines = (await read_raw(request, MAX_BATCH)).splitlines()
+        lines = (await read_raw(request, BATCH * self._max_body)).splitlines()
 
         async def routes() -> AsyncGenerator[str, None]:
             for line in filter(bytes.strip, lines):
@@ -157,7 +168,7 @@ class Api:
 
     async def tokenize(self, request: Request) -> Json:
         """A text as its expert's tokens, of `auto` the default expert's, which reads tokens that are to be routed."""
-        body = TokenizeBody.of(await read(request))
+        body = TokenizeBody.of(await read(request, self._max_body))
         expert = self._expert(body.model)
         ids = self._tokens(expert, body.text)
         # An empty text becomes the mark that texts begin with; a chat's template writes its own.
@@ -167,12 +178,12 @@ class Api:
 
     async def detokenize(self, request: Request) -> Json:
         """Tokens as text."""
-        body = DetokenizeBody.of(await read(request))
+        body = DetokenizeBody.of(await read(request, self._max_body))
         return {"prompt": read_tokens(self._expert(body.model), body.tokens, self._engine, "tokens")}
 
     async def models(self) -> Json:
         """`auto`, its policies, and every expert."""
-        return {"object": "list", "data": [self._model(name) for name in (*POLICIES, *self._router.experts)]}
+        return {"object": "list", "data": [self._model(name) for name in (*POLICIES, *self._served.router.experts)]}
 
     async def model(self, name: str) -> Json:
         """One of them."""
@@ -180,8 +191,14 @@ class Api:
 
     async def version(self) -> Json:
         """Which release serves which bundle."""
-        manifest = self._bundle.manifest
-        return {"version": version("modelglue"), "bundle": manifest.zoo, "inputs_sha256": manifest.inputs_sha256}
+        bundle = self._served.bundle
+        manifest = bundle.manifest
+        return {
+            "version": version("modelglue"),
+            "bundle": manifest.zoo,
+            "inputs_sha256": manifest.inputs_sha256,
+            "router_sha256": router_digest(bundle),
+        }
 
     async def healthz(self) -> Json:
         """The process answers."""
@@ -193,12 +210,15 @@ class Api:
             name: {"state": status.state} | ({"detail": status.detail} if status.detail else {})
             for name, status in self._engine.status().items()
         }
-        ready = self._state() == "ready"
-        return JSONResponse({"ready": ready, "experts": experts}, 200 if ready else 503)
+        ready = self._state() == "ready" and not self._drain.begun
+        told = {"ready": ready, "stopping": self._drain.begun, "experts": experts}
+        return JSONResponse(told, 200 if ready else 503)
 
     async def metrics(self) -> Response:
         """For Prometheus."""
-        return Response(self._metrics.exposition(self._engine.status()), media_type=CONTENT_TYPE_LATEST)
+        return Response(
+            self._metrics.exposition(self._engine.status(), self._engine.load()), media_type=CONTENT_TYPE_LATEST
+        )
 
     async def openapi(self) -> Json:
         """This interface as an OpenAPI document."""
@@ -209,45 +229,57 @@ class Api:
         return Response(docs.page(self._document()), media_type="text/html", headers=PAGE_HEADERS)
 
     async def _answer(self, request: Request, body: Body) -> Response:
+        bundle = self._served.bundle  # kept for the whole answer, whatever is served by then
         requests = body.requests(*_named(request))
         debug = request.headers.get("x-route-debug") == "1"
         if not body.stream:
-            return await unless_left(request, self._whole(body, requests, debug))
-        completion = await unless_left(request, self._start(requests, self._patience))
+            return await unless_left(request, self._whole(request, bundle, body, requests, debug))
+        completion = await unless_left(request, self._start(request, bundle, requests, self._patience))
         async with AsyncExitStack() as stack:
             stack.push_async_callback(completion.aclose)
-            writer = self._writer(body, completion, debug)
+            writer = self._writer(bundle, body, completion, debug)
             stream = EventStream(completion, writer, _headers(completion), body.include_usage, self._heartbeat)
             stack.pop_all()  # from here on the response closes it
             return stream
 
-    async def _whole(self, body: Body, requests: tuple[decisions.Request, ...], debug: bool) -> Response:
-        async with aclosing(await self._start(requests)) as completion:
-            writer = self._writer(body, completion, debug)
+    async def _whole(
+        self, request: Request, bundle: Bundle, body: Body, requests: tuple[decisions.Request, ...], debug: bool
+    ) -> Response:
+        async with aclosing(await self._start(request, bundle, requests)) as completion:
+            writer = self._writer(bundle, body, completion, debug)
             return JSONResponse(writer.whole(await completion.whole()), headers=_headers(completion))
 
-    async def _start(self, requests: tuple[decisions.Request, ...], patience: float | None = None) -> Completion:
-        return await completions.start(
-            requests, self._router, self._engine, self._metrics, self._sessions, patience=patience
+    async def _start(
+        self,
+        request: Request,
+        bundle: Bundle,
+        requests: tuple[decisions.Request, ...],
+        patience: float | None = None,
+    ) -> Completion:
+        started = await completions.start(
+            requests, bundle.router, self._engine, self._metrics, self._sessions, patience=patience
         )
+        record = records.of(request.scope)
+        record.completion, record.bundle = started, bundle
+        return started
 
-    def _writer(self, body: Body, completion: Completion, debug: bool) -> Writer:
-        routes = [self._explained(part.decision, "scores") for part in completion.parts] if debug else []
-        return Writer(body, completion, self._fingerprint, _one_or_all(routes) if routes else None)
+    def _writer(self, bundle: Bundle, body: Body, completion: Completion, debug: bool) -> Writer:
+        routes = [_explained(bundle, part.decision, "scores") for part in completion.parts] if debug else []
+        fingerprint = f"fp_{bundle.manifest.inputs_sha256[:10]}"
+        return Writer(body, completion, fingerprint, _one_or_all(routes) if routes else None)
 
     def _routes(self, fields: Json, request: Request, detail: Detail) -> Json | list[Json]:
         body: Body = ChatBody.of(fields) if "messages" in fields else CompletionBody.of(fields)
-        return _one_or_all([self._route(each, detail) for each in body.requests(*_named(request))])
+        bundle = self._served.bundle
+        return _one_or_all([self._route(bundle, each, detail) for each in body.requests(*_named(request))])
 
-    def _route(self, request: decisions.Request, detail: Detail) -> Json:
-        return self._explained(decisions.decide(request, self._router, self._engine, self._sessions), detail)
-
-    def _explained(self, decision: Decision, detail: Detail) -> Json:
-        facts = explain(self._bundle, decision.text, decision.route, decision.limits, detail)
-        return answers.route(decision, facts)
+    def _route(self, bundle: Bundle, request: decisions.Request, detail: Detail) -> Json:
+        decision = decisions.decide(request, bundle.router, self._engine, self._sessions)
+        return _explained(bundle, decision, detail)
 
     def _expert(self, model: str) -> str:
-        return self._router.policy.default if model in POLICIES else pin(self._router.experts, model).expert
+        router = self._served.router
+        return router.policy.default if model in POLICIES else pin(router.experts, model).expert
 
     def _tokens(self, expert: str, prompt: Prompt) -> list[int]:
         return list(self._engine.prepare({expert: 1.0}, prompt, Sampling(max_tokens=0)).tokens)
@@ -255,13 +287,13 @@ class Api:
     def _state(self) -> State:
         """The service's: loading as long as any expert is, and then its default expert's."""
         states = {name: status.state for name, status in self._engine.status().items()}
-        return "loading" if "loading" in states.values() else states[self._router.policy.default]
+        return "loading" if "loading" in states.values() else states[self._served.router.policy.default]
 
     def _model(self, name: str) -> Json:
         listed: Json = {"id": name, "object": "model", "created": self._since, "owned_by": "modelglue"}
         if name in POLICIES:
             return listed | {"state": self._state()}
-        pin(self._router.experts, name)
+        pin(self._served.router.experts, name)
         state = self._engine.status()[name].state
         if state != "ready":
             return listed | {"state": state, "window": None, "facts": {}}
@@ -269,9 +301,9 @@ class Api:
         return listed | {"state": state, "window": about.window, "facts": dict(about.facts)}
 
 
-async def read(request: Request) -> Json:
+async def read(request: Request, most: int) -> Json:
     """The JSON object in a request's body, whatever its content type. Raises RequestError or HTTPException."""
-    return parse(await read_raw(request, MAX_BODY))
+    return parse(await read_raw(request, most))
 
 
 async def read_raw(request: Request, most: int) -> bytes:
@@ -308,7 +340,7 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
             return working.result()
         raise HTTPException(CLIENT_LEFT, "the client left")
     except asyncio.CancelledError as exc:
-        raise HTTPException(503, "the service is stopping", {"retry-after": "2"}) from exc
+        raise cause(request.scope) from exc
     finally:
         working.cancel()
         leaving.cancel()
@@ -333,6 +365,11 @@ def _headers(completion: Completion) -> dict[str, str]:
         "x-route-reason": ", ".join(dict.fromkeys(decision.route.reason for decision in made)),
         "x-route-ms": f"{1000 * sum(decision.seconds for decision in made):.3f}",
     }
+
+
+def _explained(bundle: Bundle, decision: Decision, detail: Detail) -> Json:
+    facts = explain(bundle, decision.text, decision.route, decision.limits, detail)
+    return answers.route(decision, facts)
 
 
 def _one_or_all(routes: list[Json]) -> Json | list[Json]:

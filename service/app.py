@@ -1,51 +1,109 @@
-"""The app: endpoints, failures as OpenAI's error bodies, a request id on every answer. Wired here, once."""
+"""The app: endpoints, what every request passes through, failures as OpenAI's error bodies. Wired here, once."""
 
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
+from typing import Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from routers.bundle import Bundle
 from routers.errors import ModelGlueError
-from service import errors
-from service.api import CLIENT_LEFT, Api
+from service import errors, logs
+from service import record as records
+from service.access import Access, Gate
+from service.api import MAX_BODY, PAGES, PATIENCE, Api
+from service.ending import LAST_WORDS, Deadline, Drain
 from service.engines.base import Engine
+from service.errors import CLIENT_LEFT
+from service.events import HEARTBEAT
+from service.metrics import Metrics
+from service.operations import Operations, Reloading
+from service.record import Requests, Tell
+from service.routelog import RouteLog
 from service.schemas.fields import refusal
 from service.schemas.queries import RouteQuery
+from service.served import Served
 
-LAST_WORDS = 1.0
-"""Seconds that a service which stops gives its open requests to say so."""
+LOOK_SECONDS: Final = 0.1
+"""Between two looks at whether experts are ready."""
+
+SHOWN: Final = ("x-request-id", "x-route-expert", "x-route-reason", "x-route-ms", "retry-after", "retry-after-ms")
+"""Headers that a page of another origin may read."""
 
 
-def create_app(bundle: Bundle, engine: Engine) -> FastAPI:
-    """The service over a bundle and an engine, which starts and ends with the app."""
+def create_app(
+    bundle: Bundle,
+    engine: Engine,
+    *,
+    access: Access | None = None,
+    drain: Drain | None = None,
+    routelog: RouteLog | None = None,
+    tell: Sequence[Tell] = (),
+    cors: Sequence[str] = (),
+    deadline: float | None = None,
+    max_body: int = MAX_BODY,
+    patience: float = PATIENCE,
+    heartbeat: float = HEARTBEAT,
+    log_prompts: bool = False,
+) -> FastAPI:
+    """The service over a bundle and an engine, which starts and ends with the app; so does the route log.
 
+    access: None takes everybody. tell: who else hears of every request. cors: origins; `*` is any. deadline: seconds.
+    `app.state.reload` reads the router again.
+    """
+    drain, served = drain or Drain(), Served(bundle)
     requests: set[asyncio.Task[None]] = set()
+    metrics = Metrics(bundle.router.experts)
+    listeners: list[Tell] = [logs.requests(prompts=log_prompts), metrics.ended, *tell]
+    if routelog is not None:
+        routelog.lost = metrics.unlogged
+        listeners.append(routelog.decided)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         await engine.start()
+        watching = asyncio.create_task(_watch(engine, metrics))
         try:
             yield
         finally:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
             await engine.aclose()
             if requests:  # cut short by now, and still to tell their clients so
                 await asyncio.wait(requests, timeout=LAST_WORDS)
+            if routelog is not None:
+                await asyncio.to_thread(routelog.close)
 
     # No generated docs: their page loads scripts from elsewhere, and the bodies are read by hand.
     app = FastAPI(title="modelglue", lifespan=lifespan, openapi_url=None)
-    app.include_router(Api(bundle, engine).endpoints())
-    app.add_middleware(Requests, open_requests=requests)
+    api = Api(served, engine, metrics, drain, patience=patience, heartbeat=heartbeat, max_body=max_body)
+    app.include_router(api.endpoints())
+    reloading = Reloading(served, access, metrics)
+    app.state.reload = reloading.reload
+    app.include_router(Operations(reloading, routelog, max_body).endpoints())
+    # What is added last comes first.
+    if deadline is not None:
+        app.add_middleware(Deadline, seconds=deadline)
+    app.add_middleware(Gate, access=access, drain=drain, public=frozenset(PAGES))
+    if cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=SHOWN,
+        )
+    app.add_middleware(Requests, open_requests=requests, tell=listeners)
     app.add_exception_handler(ModelGlueError, _failed)
     app.add_exception_handler(RequestValidationError, _bad_query)
     app.add_exception_handler(HTTPException, _http_failed)
@@ -53,37 +111,20 @@ def create_app(bundle: Bundle, engine: Engine) -> FastAPI:
     return app
 
 
-class Requests:
-    """Keeps the open requests, and names each as its client does, or anew; the answer says the name."""
-
-    def __init__(self, app: ASGIApp, open_requests: set[asyncio.Task[None]]) -> None:
-        self._app = app
-        self._open = open_requests
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        scope["request_id"] = Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex
-
-        async def named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = scope["request_id"]
-            await send(message)
-
-        task = asyncio.current_task()
-        assert task is not None
-        self._open.add(task)
-        try:
-            return await self._app(scope, receive, named)
-        finally:
-            self._open.discard(task)
+async def _watch(engine: Engine, metrics: Metrics) -> None:
+    """Note when each expert gets ready; an engine has no event for it."""
+    began, known = time.monotonic(), set[str]()
+    while len(known) < len(states := engine.status()):
+        for name in states.keys() - known:
+            if states[name].state == "ready":
+                metrics.loaded(name, time.monotonic() - began)
+            if states[name].state != "loading":
+                known.add(name)
+        await asyncio.sleep(LOOK_SECONDS)
 
 
 async def _failed(request: Request, exc: Exception) -> JSONResponse:
-    kind = errors.kind(exc)
-    # What is not ours is answered outside of the middleware, which would have said the name.
-    headers = errors.headers(exc) | {"x-request-id": request.scope["request_id"]}
-    return JSONResponse(errors.body(exc), kind.status, headers)
+    return errors.answer(exc, request.scope)
 
 
 async def _bad_query(request: Request, exc: Exception) -> JSONResponse:
@@ -99,5 +140,5 @@ async def _http_failed(request: Request, exc: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     said = {404: f"there is no {where}", 405: f"{where} is not possible"}.get(exc.status_code, exc.detail)
     kind = "server_error" if exc.status_code >= 500 else "invalid_request_error"
-    body = errors.error(said, kind, code=HTTPStatus(exc.status_code).name.lower())
-    return JSONResponse(body, exc.status_code, exc.headers)
+    code = records.of(request.scope).code = HTTPStatus(exc.status_code).name.lower()
+    return JSONResponse(errors.error(said, kind, code=code), exc.status_code, exc.headers)

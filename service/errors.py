@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, Final
+
+from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 from routers.errors import ModelGlueError, RoutingError
 from service.engines.base import BusyError, EngineError, NotReadyError, PromptError, UnsupportedError, WindowError
+
+CLIENT_LEFT: Final = 499
+"""nginx's status for a client that did not wait: nobody reads it but the log."""
 
 
 class RequestError(ModelGlueError):
@@ -105,13 +112,22 @@ def headers(exc: Exception) -> dict[str, str]:
     return kind(exc).headers
 
 
-def body(exc: Exception) -> dict[str, object]:
+def body(exc: Exception) -> dict[str, Any]:
     """OpenAI's error object. What is not ours to explain stays in the log: it may hold paths or prompts."""
     sentence = str(exc) if isinstance(exc, ModelGlueError) else "the service failed; its log says why"
     code = getattr(exc, "code", None) or kind(exc).code
     return error(sentence, kind(exc).type, getattr(exc, "param", None), code)
 
 
-def error(message: str, type: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
+def answer(exc: Exception, scope: Scope) -> JSONResponse:
+    """The answer to a request that failed so; its record says why."""
+    told = body(exc)
+    record = scope["record"]
+    record.code = told["error"]["code"]
+    # What is not ours is answered outside of the middleware, which would have said the name.
+    return JSONResponse(told, kind(exc).status, headers(exc) | {"x-request-id": record.id})
+
+
+def error(message: str, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """`{"error": {...}}` as OpenAI writes it."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Final
 
 from fastapi.responses import StreamingResponse
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from service import errors
 from service.completions import Completion
-from service.engines.base import EngineError
+from service.ending import LAST_WORDS, cause
 from service.schemas.answers import Writer
 
 HEARTBEAT: Final = 10.0
@@ -47,9 +47,11 @@ class EventStream(StreamingResponse):
         async with aclosing(self._completion):
             try:
                 await super().__call__(scope, receive, send)
-            except asyncio.CancelledError:  # only a server that stops cancels this; one that leaves is noticed above
-                last = _event(errors.body(EngineError("the service is stopping"))) + DONE
-                await send({"type": "http.response.body", "body": last.encode()})
+            except asyncio.CancelledError:  # not by a client that leaves: that is noticed above
+                last = _event(errors.body(cause(scope))) + DONE
+                with suppress(TimeoutError):  # one that does not read does not hold up the end
+                    async with asyncio.timeout(LAST_WORDS):
+                        await send({"type": "http.response.body", "body": last.encode()})
 
 
 async def _events(completion: Completion, writer: Writer, counted: bool, heartbeat: float) -> AsyncGenerator[str, None]:

@@ -1,21 +1,32 @@
-"""What /metrics shows: vLLM's names where the same thing exists, so its dashboards work, and the routes."""
+"""What /metrics shows: vLLM's names where the same thing exists, so its dashboards work, and the routes.
+
+What the engine counts is read when somebody asks. Not here, for nobody measures it: how long a request waited before
+its prefill, which for a remote expert only its server knows.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from routers.policy import Route
-from service.engines.base import EngineError, Job, Piece, Status
+from service.engines.base import EngineError, Job, Load, Piece, Status, Usage
+
+if TYPE_CHECKING:  # a record has completions, which are counted here
+    from service.record import Record
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROUTE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1)
 MARGINS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+ANSWERS = (1, 2, 5, 10, 20, 50, 100)
 EXPERT = ("model_name",)
+REJECTED = (429, 503)
 
 
 class Metrics:
@@ -23,45 +34,46 @@ class Metrics:
 
     def __init__(self, experts: Sequence[str]) -> None:
         self._registry = own = CollectorRegistry()
-        self._running = Gauge("vllm:num_requests_running", "Requests being answered.", EXPERT, registry=own)
-        self._prompt = Counter("vllm:prompt_tokens", "Prompt tokens taken.", EXPERT, registry=own)
-        self._generated = Counter("vllm:generation_tokens", "Tokens generated.", EXPERT, registry=own)
-        self._ended = Counter(
-            "vllm:request_success", "Requests by how they ended.", (*EXPERT, "finished_reason"), registry=own
+        self._engine = EngineNumbers()
+        own.register(self._engine)
+
+        def histogram(
+            name: str, what: str, labels: Sequence[str] = EXPERT, buckets: Sequence[float] = SECONDS
+        ) -> Histogram:
+            return Histogram(name, what, labels, registry=own, buckets=buckets)
+
+        def counter(name: str, what: str, labels: Sequence[str] = EXPERT) -> Counter:
+            return Counter(name, what, labels, registry=own)
+
+        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens taken.")
+        self._cached = counter("vllm:prompt_tokens_cached", "Prompt tokens that were not computed anew.")
+        self._generated = counter("vllm:generation_tokens", "Tokens generated.")
+        self._ended = counter("vllm:request_success", "Answers by how they ended.", (*EXPERT, "finished_reason"))
+        self._first = histogram("vllm:time_to_first_token_seconds", "From the route to the first piece.")
+        self._between = histogram("vllm:inter_token_latency_seconds", "Between two pieces.")
+        self._decode = histogram("vllm:request_decode_time_seconds", "From the first piece to the last.")
+        self._each = histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Of an answer's decoding, for each token after the first piece.",
         )
-        self._first = Histogram(
-            "vllm:time_to_first_token_seconds",
-            "From the route to the first piece.",
-            EXPERT,
-            registry=own,
-            buckets=SECONDS,
-        )
-        self._between = Histogram(
-            "vllm:inter_token_latency_seconds", "Between two pieces.", EXPERT, registry=own, buckets=SECONDS
-        )
-        self._whole = Histogram(
-            "vllm:e2e_request_latency_seconds",
-            "From the route to the last piece.",
-            EXPERT,
-            registry=own,
-            buckets=SECONDS,
-        )
-        self._answer = Histogram(
-            "vllm:request_generation_tokens", "Tokens of an answer.", EXPERT, registry=own, buckets=TOKENS
-        )
-        self._ready = Gauge("modelglue_expert_ready", "1 when the expert can answer.", EXPERT, registry=own)
-        self._routes = Counter(
-            "modelglue_route_decisions", "Requests by expert and reason.", (*EXPERT, "reason"), registry=own
-        )
-        self._seconds = Histogram(
-            "modelglue_route_seconds", "Time to decide a route.", registry=own, buckets=ROUTE_SECONDS
-        )
-        self._margin = Histogram(
-            "modelglue_route_margin", "Score of the first expert over the second.", registry=own, buckets=MARGINS
-        )
+        self._whole = histogram("vllm:e2e_request_latency_seconds", "From the route to the last piece.")
+        self._asked = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", buckets=TOKENS)
+        self._answer = histogram("vllm:request_generation_tokens", "Tokens of an answer.", buckets=TOKENS)
+        self._n = histogram("vllm:request_params_n", "Answers asked for.", buckets=ANSWERS)
+        self._most = histogram("vllm:request_params_max_tokens", "Tokens of an answer asked for.", buckets=TOKENS)
+        self._rejected = counter("vllm:admission_rejections", "Requests with 429 or 503, by why.", ("reason",))
+        self._requests = counter("modelglue_http_requests", "Requests by what they got.", ("endpoint", "status"))
+        self._loaded = Gauge("modelglue_expert_load_seconds", "From the start to ready.", EXPERT, registry=own)
+        self._routes = counter("modelglue_route_decisions", "Prompts by expert and reason.", (*EXPERT, "reason"))
+        self._seconds = histogram("modelglue_route_seconds", "Time to decide a route.", (), ROUTE_SECONDS)
+        self._margin = histogram("modelglue_route_margin", "Score of the first expert over the second.", (), MARGINS)
+        self._unlogged = counter("modelglue_route_log_lost", "Decisions that the route log could not keep.", ())
+        self._reloads = counter("modelglue_router_reloads", "Attempts to reload the router.", ("result",))
         for expert in experts:  # a series that exists from the start has a rate from its first request on
-            for metric in (self._running, self._prompt, self._generated, self._first, self._whole):
+            for metric in (self._prompt, self._cached, self._generated, self._first, self._whole):
                 metric.labels(expert)
+        for result in ("taken", "refused"):
+            self._reloads.labels(result)
 
     def decided(self, route: Route, seconds: float) -> None:
         """Count the route of a request that is going to be answered."""
@@ -70,34 +82,122 @@ class Metrics:
         if route.reason == "top_score":
             self._margin.observe(route.margin)
 
+    def ended(self, record: Record) -> None:
+        """Count a request that has ended."""
+        self._requests.labels(record.endpoint, str(record.status)).inc()
+        if record.status in REJECTED:
+            self._rejected.labels(record.code or "other").inc()
+        for part in record.parts:
+            expert = part.decision.route.expert
+            self._n.labels(expert).observe(part.request.n)
+            if part.request.sampling.max_tokens is not None:
+                self._most.labels(expert).observe(part.request.sampling.max_tokens)
+
+    def loaded(self, expert: str, seconds: float) -> None:
+        """An expert can answer, so long after the start."""
+        self._loaded.labels(expert).set(seconds)
+
+    def unlogged(self, decisions: int) -> None:
+        """Decisions are lost to the route log."""
+        self._unlogged.inc(decisions)
+
+    def reloaded(self, taken: bool) -> None:
+        """A router was to be replaced."""
+        self._reloads.labels("taken" if taken else "refused").inc()
+
     async def metered(self, job: Job, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
         """The same pieces, counted and timed; a reader who leaves counts as an abort."""
         began = last = time.perf_counter()
-        latency = self._first
-        tokens, ended = 0, "abort"
-        self._prompt.labels(job.expert).inc(len(job.tokens))
-        self._running.labels(job.expert).inc()
+        first: float | None = None
+        tokens, first_tokens, ended = 0, 0, "abort"
+        usage = Usage(len(job.tokens))
         try:
             async with aclosing(pieces):
                 async for piece in pieces:
                     now = time.perf_counter()
-                    latency.labels(job.expert).observe(now - last)
-                    latency, last = self._between, now
+                    if first is None:
+                        first, first_tokens = now, piece.tokens
+                        self._first.labels(job.expert).observe(now - began)
+                    else:
+                        self._between.labels(job.expert).observe(now - last)
+                    last = now
                     tokens += piece.tokens
+                    usage = piece.usage or usage
                     ended = piece.finish or ended
                     yield piece
         except EngineError:
             ended = "error"
             raise
         finally:
-            self._running.labels(job.expert).dec()
+            self._prompt.labels(job.expert).inc(usage.prompt)
+            self._cached.labels(job.expert).inc(usage.cached)
+            self._asked.labels(job.expert).observe(usage.prompt)
             self._generated.labels(job.expert).inc(tokens)
             self._answer.labels(job.expert).observe(tokens)
             self._ended.labels(job.expert, ended).inc()
             self._whole.labels(job.expert).observe(time.perf_counter() - began)
+            if first is not None:
+                self._decode.labels(job.expert).observe(last - first)
+                if tokens > first_tokens:
+                    self._each.labels(job.expert).observe((last - first) / (tokens - first_tokens))
 
-    def exposition(self, states: Mapping[str, Status]) -> bytes:
+    def exposition(self, states: Mapping[str, Status], loads: Mapping[str, Load]) -> bytes:
         """Everything in Prometheus' text format."""
-        for expert, status in states.items():
-            self._ready.labels(expert).set(status.state == "ready")
+        self._engine.states, self._engine.loads = states, loads
         return generate_latest(self._registry)
+
+
+class EngineNumbers:
+    """What the engine says of every expert, as it said it last."""
+
+    def __init__(self) -> None:
+        self.states: Mapping[str, Status] = {}
+        self.loads: Mapping[str, Load] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        loads = self.loads
+        yield _gauge(
+            "vllm:num_requests_running", "Being answered.", {name: load.running for name, load in loads.items()}
+        )
+        yield _gauge("vllm:num_requests_waiting", "In the queue.", {name: load.waiting for name, load in loads.items()})
+        yield _gauge(
+            "vllm:kv_cache_usage_perc",
+            "Share of the key-value memory, which all experts have in common; 1 is all of it.",
+            {name: load.kv for name, load in loads.items()},
+        )
+        yield _counter(
+            "vllm:prefix_cache_queries",
+            "Prompt tokens looked up among the cached.",
+            {name: load.queries for name, load in loads.items()},
+        )
+        yield _counter("vllm:prefix_cache_hits", "Those found.", {name: load.hits for name, load in loads.items()})
+        yield _counter(
+            "vllm:num_preemptions",
+            "Requests that gave way for memory.",
+            {name: load.preemptions for name, load in loads.items()},
+        )
+        yield _gauge(
+            "modelglue_expert_resident",
+            "1 when the weights are where they compute.",
+            {name: load.resident for name, load in loads.items()},
+        )
+        yield _gauge(
+            "modelglue_expert_ready",
+            "1 when the expert can answer.",
+            {name: status.state == "ready" for name, status in self.states.items()},
+        )
+
+
+def _gauge(name: str, what: str, values: Mapping[str, float]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, what, labels=EXPERT)
+    for expert, value in values.items():
+        family.add_metric([expert], value)
+    return family
+
+
+def _counter(name: str, what: str, values: Mapping[str, float]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, what, labels=EXPERT)
+    for expert, value in values.items():
+        family.add_metric([expert], value)
+    return family

@@ -9,13 +9,11 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
 from routers.bundle import Bundle
 from routers.prompt import PromptRouter
-from service.api import Api
 from service.app import create_app
 from service.engines.base import EngineError, Guide, Job, Piece, Prompt, Sampling, Scored
 from service.engines.echo import EchoEngine
@@ -434,9 +432,7 @@ class Slow(EchoEngine):
 
 
 def impatient(bundle: Bundle, engine: EchoEngine) -> TestClient:
-    app = FastAPI()
-    app.include_router(Api(bundle, engine, patience=0.01, heartbeat=0.05).endpoints())
-    return TestClient(app)
+    return TestClient(create_app(bundle, engine, patience=0.01, heartbeat=0.05))
 
 
 def test_a_stream_that_waits_says_that_it_lives(bundle: Bundle) -> None:
