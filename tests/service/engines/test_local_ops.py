@@ -162,6 +162,13 @@ def test_attention_sees_no_further_back_than_the_window(window: int) -> None:
     torch.testing.assert_close(found, context.expected(window).float(), rtol=1e-5, atol=1e-5)
 
 
+def test_attention_needs_no_keys_beside_the_queries() -> None:
+    context = Context(SHAPES[1], [17, 130], torch.bfloat16)
+    whole = context.attend()
+    context.qkv_BX = context.qkv_BX[:, : whole.shape[1]].contiguous()
+    assert torch.equal(context.attend(), whole)
+
+
 def test_attention_of_huge_scores_is_finite() -> None:
     context = Context(SHAPES[0], [40], torch.float32)
     context.qkv_BX *= 1000
