@@ -30,6 +30,7 @@
 #define PAGE 16
 #define WIDEST 256 /* elements of a head */
 #define CHUNK 128 /* tokens of a context that make a task of attention */
+#define ROOM (1 << 22) /* floats that attention keeps between its two passes */
 #define GROUP 4   /* query heads that go through the keys together */
 #define PANEL 32  /* outputs of a matrix product that make a panel of weights */
 #define TILE 12   /* rows that go through a panel together, at most */
@@ -165,9 +166,13 @@ void set_threads(int count) {
     pthread_mutex_unlock(&pool.one);
 }
 
+static void loop(Work work, const void *job, int64_t tasks) {
+    for (int64_t task = 0; task < tasks; task++) work(job, task);
+}
+
 static void run(Work work, const void *job, int64_t tasks) {
     if (tasks < 2 || !pool.wanted) {
-        for (int64_t task = 0; task < tasks; task++) work(job, task);
+        loop(work, job, tasks);
         return;
     }
     pthread_mutex_lock(&pool.one);
@@ -331,10 +336,7 @@ void gather(int wide, const void *memory, const int64_t *table, int64_t length, 
             int64_t layer, void *keys, void *values) {
     Gather job = {memory, table, keys, values, length, kv_heads, width, layer, wide ? 4 : 2};
     int64_t pages = (length + PAGE - 1) / PAGE;
-    if (length * kv_heads * width < 32768)
-        for (int64_t page = 0; page < pages; page++) gather_page(&job, page);
-    else
-        run(gather_page, &job, pages);
+    (length * kv_heads * width < 32768 ? loop : run)(gather_page, &job, pages);
 }
 
 /* e^x to about one unit in the last place; NaN stays. */
@@ -399,7 +401,7 @@ typedef struct {
     const int64_t *tables, *lengths;
     void *out;
     float *parts; /* [rows][chunks][heads][width + 2]: weighted values, their weights' sum, the largest score */
-    int64_t rows, stride, chunks, pages, heads, kv_heads, width, layer, window;
+    int64_t stride, chunks, pages, heads, kv_heads, width, layer, window;
     float scale;
     Score score;
 } Attend;
@@ -678,39 +680,35 @@ static Work attention(int wide, Score *score) {
     return wide ? attend_fp32 : attend_bf16;
 }
 
-/* out[rows][heads * width] of the queries that begin each row of `stride` elements; width is a multiple of 32, at most
-   WIDEST. window: 0 is none. 0: out of memory. */
+/* out[rows][heads * width] of the queries that begin each row of `stride` elements; a row's table begins `pages` after
+   the one before. width is a multiple of 32, at most WIDEST. window: 0 is none. 0: out of memory. */
 int attend(int wide, const void *queries, int64_t stride, const void *memory, const int64_t *tables,
            const int64_t *lengths, void *out, int64_t rows, int64_t pages, int64_t heads, int64_t kv_heads,
            int64_t width, int64_t layer, int64_t window, float scale) {
     static _Thread_local float *parts = NULL;
     static _Thread_local int64_t room = 0;
-    int64_t longest = 0, tokens = 0;
-    for (int64_t row = 0; row < rows; row++) {
-        longest = lengths[row] > longest ? lengths[row] : longest;
-        tokens += lengths[row];
-    }
-    int64_t chunks = (longest + CHUNK - 1) / CHUNK, needed = rows * chunks * heads * (width + 2);
-    if (needed > room) {
+    int64_t longest = 1;
+    for (int64_t row = 0; row < rows; row++) longest = lengths[row] > longest ? lengths[row] : longest;
+    int64_t chunks = (longest + CHUNK - 1) / CHUNK, each = chunks * heads * (width + 2);
+    int64_t most = least(each < ROOM ? ROOM / each : 1, rows);
+    if (most * each > room) {
         free(parts);
-        parts = malloc((size_t)needed * sizeof *parts);
-        room = parts ? needed : 0;
+        parts = malloc((size_t)(most * each) * sizeof *parts);
+        room = parts ? most * each : 0;
         if (!parts) return 0;
     }
-    Attend job = {queries, memory, tables, lengths,  out,   parts, rows,   stride, chunks,
-                  pages,   heads,  kv_heads, width, layer, window, scale, NULL};
+    Attend job = {NULL,  memory, NULL,     NULL,  NULL,  parts,  stride, chunks,
+                  pages, heads,  kv_heads, width, layer, window, scale,  NULL};
     Work work = attention(wide, &job.score), join = wide ? join_fp32 : join_bf16;
-    int64_t tasks = rows * kv_heads * chunks;
-    if (tokens * heads * width < 32768) {
-        for (int64_t task = 0; task < tasks; task++) work(&job, task);
-        for (int64_t row = 0; row < rows; row++) join(&job, row);
-        return 1;
+    for (int64_t row = 0; row < rows; row += most) {
+        int64_t count = least(most, rows - row), little = count * longest * heads * width < 32768;
+        job.queries = at(queries, row * stride, wide);
+        job.tables = tables + row * pages;
+        job.lengths = lengths + row;
+        job.out = at(out, row * heads * width, wide);
+        (little ? loop : run)(work, &job, count * kv_heads * chunks);
+        (little || count * chunks < 16 ? loop : run)(join, &job, count);
     }
-    run(work, &job, tasks);
-    if (rows * chunks < 16)
-        for (int64_t row = 0; row < rows; row++) join(&job, row);
-    else
-        run(join, &job, rows);
     return 1;
 }
 

@@ -139,16 +139,17 @@ def attend(
     """What each row's new token, whose q begins its row of qkv, sees of its context, [B, heads * D].
 
     A row's context is the first `lengths` tokens of its pages, the new one among them; the rest of a table may be any
-    valid offset. Of a window, the last so many tokens.
+    valid offset. Of a window, the last so many tokens. Rows may be tokens of one sequence, with one expanded table: of
+    C, a prompt then has the same bits whole, in parts and token by token, sooner than of torch's attention.
     """
     rows, pages = tables_BP.shape
     if shape.width % 32 == 0 and shape.width <= WIDEST and (functions := _library(qkv_BX)):
         assert _alike(qkv_BX, memory)
-        assert _alike(tables_BP, lengths_B)
-        assert tables_BP.dtype == torch.int64
+        assert tables_BP.dtype == lengths_B.dtype == torch.int64
+        assert tables_BP.stride(1) == lengths_B.stride(0) == 1
         out_BX = qkv_BX.new_empty(rows, shape.heads * shape.width)
         places = (_at(qkv_BX), qkv_BX.shape[1], _at(memory), _at(tables_BP), _at(lengths_B), _at(out_BX))
-        sizes = (rows, pages, shape.heads, shape.kv_heads, shape.width, layer, window or 0)
+        sizes = (rows, tables_BP.stride(0), shape.heads, shape.kv_heads, shape.width, layer, window or 0)
         if not functions.attend(_WIDE[qkv_BX.dtype], *places, *sizes, scale):
             raise MemoryError
         return out_BX

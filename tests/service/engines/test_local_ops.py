@@ -169,6 +169,21 @@ def test_attention_needs_no_keys_beside_the_queries() -> None:
     assert torch.equal(context.attend(), whole)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sequences_tokens_may_share_its_table(engine: str, dtype: torch.dtype) -> None:
+    context = Context(SHAPES[0], [900], dtype)
+    context.qkv_BX = random(900, context.qkv_BX.shape[1], dtype=dtype)[-600:]
+    context.tables_BP, context.lengths_B = context.tables_BP.expand(600, -1), torch.arange(301, 901)
+    whole = context.attend()
+    for row in (0, 17, 599):
+        alone = context.attend(slice(row, row + 1))[0]
+        assert torch.equal(alone, whole[row]) if engine == "c" else torch.allclose(alone, whole[row], atol=0.02)
+        q_GD = context.qkv_BX[row, : 9 * 64].view(3, 3, 64).double()
+        k_HSD, v_HSD = (each[0][-1, :, : 301 + row].double() for each in (context.keys, context.values))
+        expected = (q_GD @ k_HSD.mT / 8).softmax(-1) @ v_HSD
+        torch.testing.assert_close(whole[row].double(), expected.flatten(), rtol=2**-7, atol=2e-3)
+
+
 def test_attention_of_huge_scores_is_finite() -> None:
     context = Context(SHAPES[0], [40], torch.float32)
     context.qkv_BX *= 1000
