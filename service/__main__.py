@@ -1,95 +1,258 @@
-"""The command line: read a bundle, open the port, serve it; and answer the prompts of --ask on the way."""
+"""The command line: read a bundle, open the port, serve it; make keys; have a running service reload."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import signal
-import socket
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-import uvicorn
 from rich.console import Console
 
 from routers import bundle as bundles
+from routers.bundle import Bundle
 from routers.errors import ModelGlueError
 from routers.prompt import PromptRouter
+from service import logs, tracing
+from service import settings as choices
+from service.access import Access, new_key
+from service.api import MAX_BODY
 from service.app import create_app
 from service.completions import start
 from service.decisions import Decision, Request, evidence
+from service.ending import Drain
 from service.engines.base import Engine, Message, Sampling
+from service.engines.later import LaterEngine
 from service.metrics import Metrics
+from service.routelog import MOST_ROWS, RouteLog
+from service.server import address, listen, run
 from service.sessions import Sessions
+from service.settings import LOCAL_HOSTS, Dtype, LogFormat, LogLevel, Settings, SettingsError
 
-ASK_TOKENS = 64
-POLL_SECONDS = 0.1
+if TYPE_CHECKING:
+    pass
 
+ASK_TOKENS: Final = 64
+POLL_SECONDS: Final = 0.1
+RELOAD_SECONDS: Final = 60.0
+
+logger = logging.getLogger(__name__)
 console = Console(highlight=False, emoji=False)
-cli = typer.Typer(add_completion=False)
+cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-class ListenError(ModelGlueError):
-    """The service cannot listen where it should."""
+def option(help: str, name: str, *flags: str, **bounds: Any) -> Any:
+    """An option that the environment may give too, as MODELGLUE_ and its name."""
+    return typer.Option(*flags, help=help, envvar=f"MODELGLUE_{name}", **bounds)
 
 
-class LogLevel(StrEnum):
-    """How much the service says."""
+@cli.callback(invoke_without_command=True)
+def serve(
+    context: typer.Context,
+    bundle: Annotated[Path | None, option("The folder that `builder build` wrote.", "BUNDLE")] = None,
+    host: Annotated[str, option("Address to listen on; 0.0.0.0 for every one.", "HOST")] = "127.0.0.1",
+    port: Annotated[int, option("Port to listen on; 0 for any free one.", "PORT", min=0, max=65535)] = 8000,
+    ask: Annotated[list[str] | None, typer.Option(help="Answer this prompt once ready, then go on serving.")] = None,
+    expert: Annotated[
+        list[str] | None,
+        option(
+            "An expert of the bundle that an OpenAI server runs, NAME=URL or NAME=URL#MODEL; its weights here are not "
+            "loaded. May be given again; in the environment with spaces between.",
+            "EXPERT",
+        ),
+    ] = None,
+    max_batch: Annotated[int, option("Requests of an expert that run at a time.", "MAX_BATCH", min=1)] = 64,
+    queue: Annotated[int, option("Requests of an expert that may wait; more get 429.", "QUEUE", min=0)] = 256,
+    kv_memory: Annotated[
+        float | None,
+        option("GB of key-value memory, for all experts (default: a quarter of what is free).", "KV_MEMORY", min=0.001),
+    ] = None,
+    memory_budget: Annotated[
+        float | None,
+        option(
+            "GB of weights in memory at a time; experts over it come and go (default: all stay).",
+            "MEMORY_BUDGET",
+            min=0.001,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, option("What weights are computed in (default: bfloat16 where the machine can).", "DTYPE")
+    ] = None,
+    quantise: Annotated[
+        list[str] | None,
+        option(
+            "Fewer bits for linear layers, KIND for all experts or NAME=KIND: int8, int4, bnb-int8, bnb-nf4. "
+            "May be given again; in the environment with spaces between.",
+            "QUANTISE",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, option("Threads that compute (default: OMP_NUM_THREADS, or all cores but one).", "THREADS", min=1)
+    ] = None,
+    device: Annotated[
+        str | None, option("torch's name of it: cpu, cuda, cuda:1 (default: cuda, if any).", "DEVICE")
+    ] = None,
+    api_keys: Annotated[
+        Path | None,
+        option(
+            "A file of keys, a line each: name, SHA-256 in hex, requests a minute, requests at a time (`service key` "
+            "makes one; default: everybody may ask).",
+            "API_KEYS",
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        option("An origin whose pages may ask, * for any; may be given again (default: none).", "CORS"),
+    ] = None,
+    deadline: Annotated[
+        float | None, option("Seconds that a request may take (default: as long as it takes).", "DEADLINE", min=0.001)
+    ] = None,
+    max_body: Annotated[int, option("Bytes of a request's body.", "MAX_BODY", min=1)] = MAX_BODY,
+    grace: Annotated[float, option("Seconds that answers may go on once told to stop.", "GRACE", min=0)] = 5,
+    route_log: Annotated[
+        Path | None, option("A SQLite file of every decision, for `builder route-replay` (default: none).", "ROUTE_LOG")
+    ] = None,
+    route_log_rows: Annotated[int, option("Decisions that it keeps, the latest.", "ROUTE_LOG_ROWS", min=1)] = MOST_ROWS,
+    log_level: Annotated[LogLevel, option("How much to log.", "LOG_LEVEL")] = LogLevel.info,
+    log_format: Annotated[LogFormat, option("As lines to read, or as JSON objects.", "LOG_FORMAT")] = LogFormat.text,
+    log_prompts: Annotated[
+        bool, option("Keep prompts in the log and the route log.", "LOG_PROMPTS", "--log-prompts")
+    ] = False,
+    trace: Annotated[
+        bool, option("Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT.", "TRACE", "--trace")
+    ] = False,
+) -> None:
+    """Serve a bundle behind the OpenAI API.
 
-    debug = "debug"
-    info = "info"
-    warning = "warning"
-    error = "error"
+    Every option but --ask is also taken from the environment, as MODELGLUE_HOST is for --host.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if bundle is None:
+        raise SettingsError("which bundle? Say --bundle and the folder that `builder build` wrote")
+    manifest = bundles.read_manifest(bundle)
+    remotes = choices.remotes(expert or (), manifest.names)
+    serve_with(
+        Settings(
+            bundle=bundle,
+            host=host,
+            port=port,
+            ask=tuple(ask or ()),
+            remotes=remotes,
+            max_batch=max_batch,
+            queue=queue,
+            kv_memory=choices.size(kv_memory),
+            memory_budget=choices.size(memory_budget),
+            dtype=dtype,
+            kinds=choices.kinds(quantise or (), [name for name in manifest.names if name not in remotes]),
+            threads=threads,
+            device=device,
+            api_keys=api_keys,
+            cors=tuple(cors or ()),
+            deadline=deadline,
+            max_body=max_body,
+            grace=grace,
+            route_log=route_log,
+            route_log_rows=route_log_rows,
+            log_level=log_level,
+            log_format=log_format,
+            log_prompts=log_prompts,
+            trace=trace,
+        )
+    )
 
 
 @cli.command()
-def serve(
-    bundle: Annotated[Path, typer.Option(help="The folder that `builder build` wrote.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
-    ask: Annotated[list[str] | None, typer.Option(help="Answer this prompt once ready, then go on serving.")] = None,
-    grace: Annotated[int, typer.Option(min=0, help="Seconds that answers may go on once told to stop.")] = 5,
-    log_level: Annotated[LogLevel, typer.Option(help="How much to log.")] = LogLevel.info,
+def key(
+    name: Annotated[str, typer.Argument(help="Whose it is; `admin` may reload.")],
+    per_minute: Annotated[int | None, typer.Option(min=1, help="Requests a minute (default: any number).")] = None,
+    concurrent: Annotated[int | None, typer.Option(min=1, help="Requests at a time (default: any number).")] = None,
 ) -> None:
-    """Serve a bundle behind the OpenAI API."""
-    read = bundles.read(bundle)
-    listening = listen(host, port)
-    logging.basicConfig(level=log_level.upper(), format="%(levelname)s: %(message)s")
-    # Only now: torch takes seconds to load, and a mistake in the command should not.
-    from service.engines.local import LocalEngine
+    """Print a new API key, and its line for the file of --api-keys, which cannot tell the key."""
+    made, line = new_key(name, per_minute, concurrent)
+    print(f"key (shown this once): {made}\nline for --api-keys: {line}")
 
-    engine = LocalEngine({expert: read.folder(expert) for expert in read.manifest.names})
-    console.print(f"playground: [bold]{address(host, listening)}[/]   (Ctrl-C stops)")
+
+@cli.command()
+def reload(
+    url: Annotated[str, typer.Option(help="Where the service is.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="MODELGLUE_API_KEY", help="The key called admin.")] = None,
+) -> None:
+    """Have a running service read its router and its keys again."""
+    import httpx
+
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        answer = httpx.post(f"{url.rstrip('/')}/admin/reload", headers=headers, timeout=RELOAD_SECONDS)
+        told = answer.json()
+        print(told["detail"] if answer.is_success else f"error: {told['error']['message']}")
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as exc:
+        raise SettingsError(f"{url} does not answer as this service does ({exc}): is it running there?") from exc
+    if not answer.is_success:
+        raise typer.Exit(1)
+
+
+def serve_with(settings: Settings) -> None:
+    """Serve until a signal ends it. The port is open before anything that takes long."""
+    logs.configure(settings.log_level, settings.log_format.value)
+    access = Access(settings.api_keys) if settings.api_keys else None
+    tell, traces = tracing.tracer() if settings.trace else (None, None)
+    listening = listen(settings.host, settings.port)
+    read = bundles.read(settings.bundle)
+    log = (
+        RouteLog(settings.route_log, texts=settings.log_prompts, most=settings.route_log_rows)
+        if settings.route_log
+        else None
+    )
+    engine, drain = engine_of(settings, read), Drain(settings.grace)
+    app = create_app(
+        read,
+        engine,
+        access=access,
+        drain=drain,
+        routelog=log,
+        tell=[tell] if tell else [],
+        cors=settings.cors,
+        deadline=settings.deadline,
+        max_body=settings.max_body,
+        log_prompts=settings.log_prompts,
+    )
+    console.print(f"playground: [bold]{address(settings.host, listening)}[/]   (Ctrl-C stops)")
     # Whoever runs this has asked for the end, so the end is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    app = create_app(read, engine)
-    config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=grace, server_header=False)
-    with suppress(KeyboardInterrupt):
-        asyncio.run(run(config, listening, answer_all(ask or (), read.router, engine)))
+    if settings.host not in LOCAL_HOSTS and access is None:
+        logger.warning("whoever reaches %s may ask: --api-keys says who", settings.host)
+    try:
+        with suppress(KeyboardInterrupt):
+            asyncio.run(run(app, listening, drain, answer_all(settings.ask, read.router, engine)))
+    finally:
+        if traces is not None:
+            traces.shutdown()
 
 
-async def run(config: uvicorn.Config, listening: socket.socket, asking: Coroutine[None, None, None]) -> None:
-    """Serve on a socket until a signal comes, and ask on the way."""
-    await Server(config, asyncio.create_task(asking)).serve(sockets=[listening])
+def engine_of(settings: Settings, read: Bundle) -> Engine:
+    """Who runs the bundle's experts: this process, other servers, or some the one and some the other."""
+    names = read.manifest.names
+    local = [name for name in names if name not in settings.remotes]
+    engines: dict[str, Engine] = {}
+    if local:
+        own = LaterEngine(local, lambda: _local_engine(settings, {name: read.folder(name) for name in local}))
+        engines |= dict.fromkeys(local, own)
+    if settings.remotes:
+        from service.engines.remote import RemoteEngine
 
+        engines |= dict.fromkeys(settings.remotes, RemoteEngine(settings.remotes))
+    if len({id(engine) for engine in engines.values()}) == 1:
+        return engines[names[0]]
+    from service.engines.several import SeveralEngines
 
-class Server(uvicorn.Server):
-    """Stops asking before it stops the engine that is asked."""
-
-    def __init__(self, config: uvicorn.Config, asking: asyncio.Task[None]) -> None:
-        super().__init__(config)
-        self._asking = asking
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._asking.cancel()
-        await super().shutdown(sockets)
+    return SeveralEngines({name: engines[name] for name in names})
 
 
 async def answer_all(prompts: Sequence[str], router: PromptRouter, engine: Engine) -> None:
@@ -130,25 +293,6 @@ def say(text: str, style: str | None = None) -> None:
     console.print(text, end="", style=style, markup=False, soft_wrap=True)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens already. Raises ListenError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listening = socket.create_server((host, port), family=family)
-    except OSError as exc:
-        reason = "is in use" if exc.errno == errno.EADDRINUSE else f"cannot be opened ({exc.strerror})"
-        raise ListenError(f"port {port} of {host} {reason}: stop what is there, or choose another with --port") from exc
-    # asyncio does this for sockets that it makes; without it every answer waits 40 ms for the client's ACK.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
-
-
-def address(host: str, listening: socket.socket) -> str:
-    """Where a browser on this machine finds the playground."""
-    name = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{name}:{listening.getsockname()[1]}/"
-
-
 def main() -> None:
     """Run the command line; a failure that the user can mend is one sentence and exit code 1."""
     # Threads that spin while they wait starve the event loop. Before torch loads, for it reads this then.
@@ -158,6 +302,25 @@ def main() -> None:
     except ModelGlueError as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(1)
+
+
+def _local_engine(settings: Settings, folders: Mapping[str, Path]) -> Engine:
+    """In a thread, for torch takes seconds to import."""
+    import torch
+
+    from service.engines.local import LocalEngine, Options
+
+    options = Options(
+        most=settings.max_batch,
+        queue=settings.queue,
+        kv_bytes=settings.kv_memory,
+        dtype=getattr(torch, settings.dtype) if settings.dtype else None,
+        kinds={name: kind.value for name, kind in settings.kinds.items()},
+        memory_bytes=settings.memory_budget,
+        threads=settings.threads,
+        device=settings.device,
+    )
+    return LocalEngine(folders, options)
 
 
 if __name__ == "__main__":

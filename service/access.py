@@ -48,12 +48,13 @@ class Key:
     concurrent: int | None = None
 
 
-def new_key(name: str) -> tuple[str, str]:
+def new_key(name: str, per_minute: int | None = None, concurrent: int | None = None) -> tuple[str, str]:
     """A key and its line in the file. It has 256 random bits, so its hash needs no salt. Raises KeysError."""
     if not NAME.fullmatch(name):
         raise KeysError(f"{name!r} is no name for a key: letters, digits, dots, dashes")
     key = PREFIX + secrets.token_urlsafe(32)
-    return key, f"{name} {hashlib.sha256(key.encode()).hexdigest()}"
+    limits = " ".join(str(limit or NO_LIMIT) for limit in (per_minute, concurrent))
+    return key, f"{name} {hashlib.sha256(key.encode()).hexdigest()} {limits}"
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
@@ -144,7 +145,7 @@ class Gate:
     def _enter(self, scope: Scope, inside: ExitStack) -> None:
         """Raises StoppingError, AccessError or LimitError."""
         if self._drain.begun:
-            raise StoppingError("the service is stopping: send this again")
+            raise StoppingError("the service is stopping")
         if self._access is not None and scope["path"] not in self._public:
             key = self._access.who(Headers(scope=scope).get("authorization"))
             record.of(scope).key = key.name

@@ -56,7 +56,7 @@ class Drain:
 def cause(scope: Scope) -> ModelGlueError:
     """Why the request in this scope was cancelled: its time is over, or the service's is."""
     found: ModelGlueError | None = scope.get("ended_by")
-    return found or StoppingError("the service is stopping: send this again")
+    return found or StoppingError("the service is stopping")
 
 
 class Deadline:

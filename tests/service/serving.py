@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from service.__main__ import listen
+from service.server import listen
 
 GRACE = 1
 

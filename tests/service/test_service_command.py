@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 from routers import bundle
 from routers.bundle import Expert, FeaturesEntry, Manifest, RouterEntry, Source, digest
 from routers.prompt import PromptRouter
-from service.__main__ import address, answer_all, listen
+from service.__main__ import answer_all
 from service.engines.echo import EchoEngine
+from service.server import address, listen
 
 COMMAND = (sys.executable, "-m", "service")
 ROOT = Path(__file__).parents[2]
