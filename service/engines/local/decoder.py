@@ -134,6 +134,8 @@ class Decoder:
 
     def _attend(self, step: Step, memory: Tensor, number: int, window: int | None, qkv_TX: Tensor) -> Tensor:
         shape, singles, found = self.shape, step.singles, []
+        if ops.attends_in_c(memory, shape):
+            return ops.attend(qkv_TX, memory, step.tables_TP, step.lengths_T, number, shape, self._scale, window)
         if singles:
             tables_BP, lengths_B = step.tables_BP, step.lengths_B
             found.append(ops.attend(qkv_TX[:singles], memory, tables_BP, lengths_B, number, shape, self._scale, window))

@@ -90,6 +90,19 @@ class Step:
         return self._tensor([segment.end for segment in self.segments[: self.singles]])
 
     @cached_property
+    def tables_TP(self) -> Tensor:
+        """The pages of every token's sequence."""
+        most = max(len(segment.table) for segment in self.segments)
+        tables_BP = self._tensor([[*segment.table, *[0] * (most - len(segment.table))] for segment in self.segments])
+        counts_B = self._tensor([len(segment.tokens) for segment in self.segments])
+        return tables_BP.repeat_interleave(counts_B, 0)
+
+    @cached_property
+    def lengths_T(self) -> Tensor:
+        """How many tokens every token sees."""
+        return self.positions_T + 1
+
+    @cached_property
     def rows_R(self) -> Tensor:
         """Whose logits are wanted."""
         rows: list[int] = []

@@ -124,12 +124,15 @@ class _Pages(Cache):  # type: ignore[misc]  # transformers is untyped here
     def attend(self, q_THD: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
         """Attention [T, H, D] over each token's own sequence."""
         step, singles, found = self.step, self.step.singles, []
+        if softcap is None and ops.attends_in_c(self.memory, self.shape):
+            q_TX, where = q_THD.reshape(len(q_THD), -1), (step.tables_TP, step.lengths_T)
+            out_TX = ops.attend(q_TX, self.memory, *where, self.layer, self.shape, scale, window)
+            return out_TX.view(q_THD.shape)
         spans = step.spans
         if softcap is not None:
             spans = [(segment, slice(i, i + 1)) for i, segment in enumerate(step.segments[:singles])] + spans
         elif singles:
             q_BX = q_THD[:singles].reshape(singles, -1)
-            q_BX = torch.nn.functional.pad(q_BX, (0, 2 * self.shape.kv_heads * self.shape.width))  # where k, v would be
             tables_BP, lengths_B = step.tables_BP, step.lengths_B
             out_BX = ops.attend(q_BX, self.memory, tables_BP, lengths_B, self.layer, self.shape, scale, window)
             found.append(out_BX.view(singles, *q_THD.shape[1:]))

@@ -126,6 +126,11 @@ def place(
     memory[slots_T[:, None, None] + lanes_GD] = torch.cat((k_TGD, v_TGD), dim=1)
 
 
+def attends_in_c(memory: Tensor, shape: Shape) -> bool:
+    """Whether attention is computed in C, where rows are cheap whosever they are."""
+    return shape.width % 32 == 0 and shape.width <= WIDEST and _library(memory) is not None
+
+
 def attend(
     qkv_BX: Tensor,
     memory: Tensor,
@@ -143,7 +148,8 @@ def attend(
     C, a prompt then has the same bits whole, in parts and token by token, sooner than of torch's attention.
     """
     rows, pages = tables_BP.shape
-    if shape.width % 32 == 0 and shape.width <= WIDEST and (functions := _library(qkv_BX)):
+    if attends_in_c(memory, shape):
+        functions = library()
         assert _alike(qkv_BX, memory)
         assert tables_BP.dtype == lengths_B.dtype == torch.int64
         assert tables_BP.stride(1) == lengths_B.stride(0) == 1

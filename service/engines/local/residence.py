@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,9 +56,12 @@ class Residence:
         else:
             self._tell(lane.expert.name, Status("ready", "not in memory"))
 
-    def settle(self) -> list[tuple[Lane, Exception]]:
-        """Take in the models that have come; lanes whose models could not be loaded."""
+    def settle(self, lanes: Iterable[Lane]) -> list[tuple[Lane, Exception]]:
+        """Take in the models that have come; those of all lanes whose models could not be loaded."""
         failed = []
+        if not any(lane.waiting and lane.model is None for lane in lanes):
+            for lane in self._resident:  # whoever it closed for has left
+                lane.closing = False
         while self._come:
             lane, found = self._come.popleft()
             del self._coming[lane.expert.name]

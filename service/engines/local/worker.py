@@ -37,7 +37,8 @@ class Worker:
 
     `deliver` is called on that thread with what a step brought, `tell` with the states of experts. Every request that
     is not cancelled gets a finish or an error, whatever happens. `failure` says why nothing runs any more. most:
-    requests of an expert at a time; chunk: tokens of prompts in a round of all experts. memory_bytes, patience:
+    requests of an expert at a time; chunk: tokens of prompts in a round of all experts, half
+    of it while somebody writes. memory_bytes, patience:
     residence.py.
     """
 
@@ -63,6 +64,7 @@ class Worker:
         self._change = threading.Condition()  # guards `failure`, the lanes' dict, and what has arrived
         self._added: deque[Lane] = deque()
         self._woken = False
+        self._turn = 0
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
     def start(self) -> None:
@@ -144,7 +146,7 @@ class Worker:
                 while self._arrived:
                     request = self._arrived.popleft()
                     self._lanes[request.job.expert].waiting.append(request)
-                for lane, failure in self._residence.settle():
+                for lane, failure in self._residence.settle(self._lanes.values()):
                     self._fail(list(lane.waiting), failure)
                     lane.waiting.clear()
                 self._loads = {name: _load(lane) for name, lane in self._lanes.items()}
@@ -159,9 +161,12 @@ class Worker:
             return False
 
     def _round(self, lanes: Sequence[Lane]) -> None:
-        """One step of every expert that has something to do."""
-        budget = self._chunk
-        for lane in lanes:
+        """One step of every expert that has something to do; each is the first in its turn."""
+        self._turn += 1
+        first = self._turn % len(lanes) if lanes else 0
+        writing = any(request.count for request in self._running())
+        budget = max(self._chunk // 2, 1) if writing else self._chunk
+        for lane in [*lanes[first:], *lanes[:first]]:
             self._sweep(lane)
             self._admit(lane)
             if lane.busy:
@@ -243,7 +248,10 @@ class Worker:
         news: list[Delivery] = []
         ready: list[tuple[Request, Tensor]] = []
         for part, logits_RV in lane.run(parts):
-            ready += self._result(part, logits_RV, news)
+            try:
+                ready += self._result(part, logits_RV, news)
+            except EngineError as exc:
+                self._fail([part.request], exc)
         self._pick(ready, news)
         self._deliver(news)
 

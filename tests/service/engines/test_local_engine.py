@@ -236,7 +236,7 @@ def test_a_dead_device_thread_is_an_error_for_all_and_never_a_hang(llama: Path, 
             ends = await asyncio.gather(
                 *(answer(engine, prompt, greedy(400), expert) for prompt, expert in asked), return_exceptions=True
             )
-            assert all(isinstance(end, EngineError) and "device thread died" in str(end) for end in ends)
+            assert all(isinstance(end, EngineError) and "device thread died" in str(end) for end in ends), ends
             with pytest.raises(EngineError, match="device thread died"):
                 engine.prepare({"llama": 1.0}, "the owl", greedy(1))
             assert {status.state for status in engine.status().values()} == {"failed"}

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from service.engines.base import EngineError
+from service.engines.local import ops
 from service.engines.local.decoder import Decoder, is_ours
 from service.engines.local.forward import Model, Segment, Step
 from service.engines.local.graphs import Graphs, Inputs, Recorded
@@ -163,6 +164,18 @@ def test_a_row_has_the_same_bits_whoever_is_beside_it(tmp_path: Path) -> None:
     beside.give((0, 40, 1))
     beside.give((1, 18, 0), (2, 30, 0))
     assert torch.equal(beside.give((0, 1, 1), (1, 1, 1), (2, 1, 1))[0], first)
+
+
+def test_a_text_has_the_same_bits_whole_and_in_parts(tmp_path: Path) -> None:
+    if ops.library() is None:
+        pytest.skip("torch promises no such thing")
+    reference = saved(tmp_path, CONFIGS["llama of wide heads"])
+    texts = random_texts()
+    model = ours(tmp_path, reference.config)
+    whole = Texts(model, texts).give((0, 60, 60))[0]
+    parts = Texts(model, texts)
+    found = [parts.give((0, count, count))[0] for count in (1, 17, 1, 20, 21)]
+    assert torch.equal(torch.cat(found), whole)
 
 
 def test_a_step_that_is_padded_to_a_recorded_shape_has_the_same_logits(tmp_path: Path) -> None:

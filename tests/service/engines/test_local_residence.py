@@ -101,6 +101,24 @@ def test_a_stream_of_requests_for_others_keeps_nobody_out(folders: dict[str, Pat
     asyncio.run(run())
 
 
+def test_who_gives_up_waiting_closes_nobody(folders: dict[str, Path]) -> None:
+    async def run() -> None:
+        async with serving_two(folders, patience=0.0) as engine:
+            await until(lambda: len(resident(engine)) == 2)
+            writing = [engine.generate(engine.prepare({name: 1.0}, "the owl", greedy(400))) for name in "ab"]
+            for each in writing:
+                await anext(each)
+            waiting = asyncio.create_task(ask(engine, "c"))
+            await asyncio.sleep(0.1)
+            waiting.cancel()
+            assert await asyncio.wait_for(asyncio.gather(ask(engine, "a"), ask(engine, "b")), 10)
+            assert resident(engine) == {"a", "b"}
+            for each in writing:
+                await each.aclose()
+
+    asyncio.run(run())
+
+
 def test_an_expert_larger_than_the_budget_says_so_and_the_others_serve(folders: dict[str, Path]) -> None:
     async def run() -> None:
         async with serving(folders, memory_bytes=1000) as engine:
