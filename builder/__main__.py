@@ -86,6 +86,7 @@ app.command(name="eval")(scoring.evaluate)
 app.command(name="route-eval")(routing.route_eval)
 app.command()(routing.route)
 app.command(name="route-diff")(routing.route_diff)
+app.command(name="route-replay")(routing.route_replay)
 app.add_typer(routing.expert_app, name="expert")
 
 

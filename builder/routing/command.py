@@ -1,4 +1,4 @@
-"""`builder route-eval`, `builder route`, `builder route-diff`, `builder expert add|drop`."""
+"""`builder route-eval`, `builder route`, `builder route-diff`, `builder route-replay`, `builder expert add|drop`."""
 
 from __future__ import annotations
 
@@ -132,6 +132,21 @@ def route_diff(
             shown.add_row(" ".join(each["prompt"].split())[:120], each["from"], each["to"], margins)
         print_table(shown)
     print(f"{len(changed)} of {len(prompts)} prompts change their expert")
+
+
+def route_replay(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="What `service --route-log` wrote.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle with the new router.")],
+    router: Annotated[str | None, typer.Option(help="Fit one of this kind on its routing set instead.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the intervals.")] = 42,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a new router would have done with logged requests, and what it is worth where there was feedback."""
+    from builder.routing.replay import replay
+    from routers import bundle as bundles
+
+    done = replay(log, bundles.read(bundle), kind=router, seed=seed)
+    print(json.dumps(done.facts(), indent=2) if as_json else "\n".join(done.sentences()))
 
 
 @expert_app.command()
