@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,13 +33,17 @@ from tokenizers import Tokenizer
 
 from routers import bundle
 from routers.fixed import FixedRouter
+from routers.prompt import AUTO
 
-PROMPT, NEW = 128, 64
+PROMPT, NEW, WARM_UP = 128, 64, 8
 WAVES, LEAST = 2, 4
 """Requests of a round by its concurrency, and at least."""
 STARTING, STOPPING, POLL = 900.0, 20.0, 0.05
+SAID = 1500
+"""Characters of what a server said that go with its failure."""
 BUSY = 0.1
 """The share of a core that others may take before a figure is marked."""
+OURS = "ours"
 
 
 class ServerError(Exception):
@@ -79,7 +84,7 @@ PEERS = {
         " --weight-format fp16 {made}",
     ),
     "transformers": Peer(
-        "transformers serve {model} --port {port} --continuous-batching --dtype bfloat16",
+        "transformers serve {model} --port {port} --continuous-batching --dtype bfloat16 --cb-max-memory-percent 0.05",
         ("transformers",),
         endless=True,
     ),
@@ -88,20 +93,49 @@ PEERS = {
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One server to start."""
+    """One server to start; `convert` is run before where `made` is not there yet."""
 
     line: str
     port: int
     environment: dict[str, str]
+    convert: str | None = None
+    made: Path | None = None
+
+
+class Words:
+    """Prompts of random words, each a token of its own, the same for the same seed.
+
+    texts: whose words they are; any of the tokenizer's if there are none.
+    """
+
+    def __init__(self, folder: Path, texts: Sequence[str] = ()) -> None:
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        known = {id_ for text in texts for id_ in self._tokenizer.encode(text, add_special_tokens=False).ids}
+        self._ids = sorted(
+            id_
+            for token, id_ in self._tokenizer.get_vocab().items()
+            # A word begins with a blank, which tokenizers write so.
+            if token[0] in "Ġ▁" and token[1:].isascii() and token[1:].isalpha() and (not texts or id_ in known)
+        )
+
+    def prompt(self, seed: str, as_ids: bool) -> list[int] | str:
+        """Raises ServerError where a text of such words has other tokens."""
+        ids = random.Random(seed).choices(self._ids, k=PROMPT)
+        if as_ids:
+            return ids
+        text: str = self._tokenizer.decode(ids)
+        if len(self._tokenizer.encode(text, add_special_tokens=False).ids) != PROMPT:
+            raise ServerError(f"words of this tokenizer are no prompt of {PROMPT} tokens as a text")
+        return text
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where requests go, under which model's name, and the folder whose tokenizer it has."""
+    """Where requests go, under which model's name, and of which words."""
 
     port: int
     model: str
-    folder: Path
+    words: Words
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +160,12 @@ DIALECTS = (Dialect(True, True), Dialect(False, True), Dialect(False, False))
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One stream: when it was asked for, when its pieces of text came, and the tokens that its usage counts."""
+    """One stream: when it was asked for, when its pieces of text came, its tokens by its usage, and whose it is."""
 
     asked: float
     pieces: tuple[float, ...]
     tokens: int
+    model: str
 
     @property
     def gaps(self) -> list[float]:
@@ -182,25 +217,10 @@ class Measured:
             found.append(f"{apiece:.2f} tokens a piece: its gaps are between pieces")
         return found
 
-
-class Words:
-    """Prompts of random words, each a token of its own, the same for the same seed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        vocabulary = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
-        # A word begins with a blank, which tokenizers write so.
-        self._ids = [id_ for text, id_ in vocabulary if text[0] in "Ġ▁" and text[1:].isascii() and text[1:].isalpha()]
-
-    def prompt(self, seed: str, as_ids: bool) -> list[int] | str:
-        """Raises ServerError where a text of such words has other tokens."""
-        ids = random.Random(seed).choices(self._ids, k=PROMPT)
-        if as_ids:
-            return ids
-        text: str = self._tokenizer.decode(ids)
-        if len(self._tokenizer.encode(text, add_special_tokens=False).ids) != PROMPT:
-            raise ServerError(f"words of this tokenizer are no prompt of {PROMPT} tokens as a text")
-        return text
+    def answered_by(self) -> str:
+        """How many answers are each model's."""
+        models = Counter(answer.model for rounds in self.rounds.values() for each in rounds for answer in each.answers)
+        return "answered by " + ", ".join(f"{model} ({count})" for model, count in sorted(models.items()))
 
 
 class Client:
@@ -208,17 +228,16 @@ class Client:
 
     def __init__(self, http: httpx.AsyncClient, targets: Sequence[Target]) -> None:
         self._http, self._targets = http, targets
-        self._words = [Words(target.folder) for target in targets]
         self._dialects = [DIALECTS[0]] * len(targets)
 
     async def first_answers(self, processes: Sequence[psutil.Popen]) -> None:
         """Waits until every target answers, and learns what it takes. Raises ServerError."""
         await asyncio.gather(*(self._first_answer(i, processes) for i in range(len(self._targets))))
 
-    async def round(self, concurrency: int, seed: str, processes: Sequence[psutil.Popen]) -> Round:
+    async def round(self, concurrency: int, seed: str, processes: Sequence[psutil.Popen], tokens: int = NEW) -> Round:
         """So many requests at a time until all are answered."""
         count = max(WAVES * concurrency, LEAST)
-        bodies = iter([self._body(i % len(self._targets), f"{seed}/{i}", NEW) for i in range(count)])
+        bodies = iter([self._body(i % len(self._targets), f"{seed}/{i}", tokens) for i in range(count)])
         answers: list[Answer] = []
 
         async def work() -> None:
@@ -255,7 +274,7 @@ class Client:
     def _body(self, i: int, seed: str, tokens: int) -> tuple[Target, dict[str, Any]]:
         target, dialect = self._targets[i], self._dialects[i]
         body: dict[str, Any] = {"ignore_eos": True} if dialect.ignore_eos else {}
-        body |= {"model": target.model, "prompt": self._words[i].prompt(seed, dialect.ids)}
+        body |= {"model": target.model, "prompt": target.words.prompt(seed, dialect.ids)}
         body |= {"max_tokens": tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
         return target, body
 
@@ -275,7 +294,7 @@ class Client:
 
 def answer(asked: float, frames: Iterable[tuple[float, str]]) -> Answer:
     """What a stream's frames say. Raises ServerError for an error in mid-stream, and where usage or text is missing."""
-    pieces, tokens = [], 0
+    pieces, tokens, model = [], 0, ""
     for at, frame in frames:
         if frame.startswith("[DONE]"):
             continue
@@ -284,10 +303,11 @@ def answer(asked: float, frames: Iterable[tuple[float, str]]) -> Answer:
             raise ServerError(f"a stream failed: {chunk['error']}")
         if any(choice.get("text") for choice in chunk.get("choices", ())):
             pieces.append(at)
+        model = chunk.get("model") or model
         tokens = (chunk.get("usage") or {}).get("completion_tokens") or tokens
     if not tokens or not pieces:
         raise ServerError(f"an answer has {tokens} tokens by its usage, in {len(pieces)} pieces of text")
-    return Answer(asked, tuple(pieces), tokens)
+    return Answer(asked, tuple(pieces), tokens, model)
 
 
 def main(
@@ -331,34 +351,38 @@ def setups_of(
 ) -> Iterator[Setup]:
     """Ours first, then each peer with the same experts."""
     experts = read.manifest.names if mix else (expert,)
-    served = read.path.resolve() if mix else alone(read, expert, work / "alone")
+    words = {each: Words(read.folder(each), own_prompts(read, each) if mix else ()) for each in experts}
     port = free_port()
+    served = read.path.resolve() if mix else alone(read, expert, work / "alone")
     line = f"{sys.executable} -m service --bundle {served} --port {port} --log-level warning"
     ours = Command(line, port, {"OMP_NUM_THREADS": str(threads)})
-    yield Setup("ours", (ours,), tuple(Target(port, name, read.folder(name)) for name in experts))
+    yield Setup(OURS, (ours,), tuple(Target(port, each, words[each]) for each in experts))
     if mix:
-        yield Setup("ours, routed", (ours,), tuple(Target(port, "auto", read.folder(name)) for name in experts))
+        yield Setup(f"{OURS}, routed", (ours,), tuple(Target(port, AUTO, words[each]) for each in experts))
     for name, peer in peers.items():
         commands, targets = [], []
         for each in experts:
             folder = read.folder(each).resolve()
             folder = endless(folder, work / f"{each}-endless") if peer.endless else folder
-            commands.append(command(name, peer, folder, threads, work / f"{each}-{name}"))
-            targets.append(Target(commands[-1].port, str(folder), folder))
+            commands.append(command(peer, folder, threads, work / f"{each}-{name}"))
+            targets.append(Target(commands[-1].port, str(folder), words[each]))
         yield Setup(name, tuple(commands), tuple(targets))
 
 
-def command(name: str, peer: Peer, folder: Path, threads: int, made: Path) -> Command:
-    """A peer's for a model, which is converted the first time."""
+def own_prompts(read: bundle.Bundle, expert: str) -> list[str]:
+    """Those of the routing set that it scored best on."""
+    return [row.prompt for row in read.routing if max(row.scores, key=lambda name: row.scores[name]) == expert]
+
+
+def command(peer: Peer, folder: Path, threads: int, made: Path) -> Command:
+    """A peer's for a model."""
     port = free_port()
     values = {"model": folder, "made": made, "port": port, "threads": threads}
     values["cores"] = ",".join(map(str, range(threads)))
-    if peer.convert and not made.exists():
-        done = subprocess.run(peer.convert.format(**values), shell=True, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name} cannot convert {folder}:\n{done.stderr[-2000:]}")
-    environment = {key: value.format(**values) for key, value in peer.environment.items()}
-    return Command(peer.serve.format(**values), port, {"OMP_NUM_THREADS": str(threads)} | environment)
+    environment = {"OMP_NUM_THREADS": str(threads)}
+    environment |= {key: value.format(**values) for key, value in peer.environment.items()}
+    convert = peer.convert and peer.convert.format(**values)
+    return Command(peer.serve.format(**values), port, environment, convert, made)
 
 
 def table(setups: Iterable[Setup], levels: Sequence[int], passes: int) -> None:
@@ -374,17 +398,19 @@ def table(setups: Iterable[Setup], levels: Sequence[int], passes: int) -> None:
         except (ServerError, httpx.HTTPError) as exc:
             remarks.append(f"{setup.name} is left out: {exc or type(exc).__name__}")
             continue
-        ours = ours or measured
+        ours = measured if setup.name == OURS else ours
         speeds = {level: measured.median("tok/s", level) for level in levels}
         row(
             setup.name,
             " / ".join(f"{speed:.0f}{marked(measured.rounds[level])}" for level, speed in speeds.items()),
-            " / ".join(f"{ours.median('tok/s', level) / speed:.2f}" for level, speed in speeds.items()),
+            " / ".join(f"{ours.median('tok/s', level) / speed:.2f}" for level, speed in speeds.items()) if ours else "",
             *(" / ".join(f"{measured.median(figure, level):.0f}" for level in levels) for figure in figures),
             f"{measured.resident / 1e6:.0f}",
             f"{measured.start:.1f}",
         )
         remarks += [f"{setup.name}: {remark}" for remark in measured.remarks()]
+        if any(target.model == AUTO for target in setup.targets):
+            remarks.append(f"{setup.name}: {measured.answered_by()}")
     print(f"\n\\* other processes took more than {BUSY:.0%} of a core.")
     print("".join(f"\n{remark}." for remark in remarks), flush=True)
 
@@ -396,12 +422,14 @@ def marked(rounds: Sequence[Round]) -> str:
 
 async def measure(setup: Setup, levels: Sequence[int], passes: int) -> Measured:
     """Start it, warm it up, ask, and end it. Raises ServerError, httpx.HTTPError."""
+    for command in setup.commands:
+        convert(command)
     started = time.perf_counter()
     async with http() as connection, running(setup.commands) as processes:
         client = Client(connection, setup.targets)
         await client.first_answers(processes)
         start = time.perf_counter() - started
-        await client.round(max(levels), "warm-up", processes)
+        await client.round(max(levels), "warm-up", processes, tokens=WARM_UP)
         rounds: dict[int, list[Round]] = {level: [] for level in levels}
         resident = 0
         for number in range(passes):
@@ -411,10 +439,20 @@ async def measure(setup: Setup, levels: Sequence[int], passes: int) -> Measured:
     return Measured(rounds, resident, start)
 
 
+def convert(command: Command) -> None:
+    """Raises ServerError."""
+    if command.convert is None or command.made is None or command.made.exists():
+        return
+    done = subprocess.run(command.convert, shell=True, capture_output=True, text=True)
+    if done.returncode:
+        raise ServerError(f"its model cannot be made:\n{done.stderr[-SAID:]}")
+
+
 @asynccontextmanager
 async def http() -> AsyncGenerator[httpx.AsyncClient, None]:
-    """Connections without end, and no proxy."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    """Any number of connections, and no proxy."""
+    # A connection that is kept may be one that the server has closed by now.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=STARTING, limits=limits, trust_env=False) as client:
         yield client
 
@@ -428,7 +466,7 @@ async def running(commands: Sequence[Command]) -> AsyncGenerator[list[psutil.Pop
         try:
             yield processes
         except ServerError as exc:
-            said = "\n".join(log.read_text("utf-8", "replace")[-1500:] for log in logs)
+            said = "\n".join(log.read_text("utf-8", "replace")[-SAID:] for log in logs)
             raise ServerError(f"{exc}; it said:\n{said}") from exc
         finally:
             stop(processes)
