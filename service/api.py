@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing
-from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -24,7 +23,7 @@ from routers.errors import ModelGlueError
 from routers.explain import Detail, explain
 from routers.policy import pin
 from routers.routelog import router_digest
-from service import completions, decisions, docs, errors, openapi
+from service import completions, decisions, errors
 from service import record as records
 from service.completions import Completion
 from service.decisions import POLICIES, Decision, estimated_tokens, read_tokens
@@ -103,7 +102,6 @@ class Api:
     def endpoints(self) -> APIRouter:
         """Every path there is."""
         api = APIRouter(redirect_slashes=False)
-        self._document = cache(partial(openapi.document, api.routes))
         api.add_api_route("/v1/completions", self.complete, methods=["POST"])
         api.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         api.add_api_route("/v1/embeddings", self.embed, methods=["POST"])
@@ -120,8 +118,6 @@ class Api:
             api.add_api_route(path, self.healthz, methods=["GET"])
         api.add_api_route("/readyz", self.readyz, methods=["GET"])
         api.add_api_route("/metrics", self.metrics, methods=["GET"])
-        api.add_api_route("/openapi.json", self.openapi, methods=["GET"])
-        api.add_api_route("/docs", self.docs, methods=["GET"])
         for path, (file, media_type) in PAGES.items():
             api.add_api_route(path, _page(PLAYGROUND / file, media_type), methods=["GET"])
         return api
@@ -219,14 +215,6 @@ class Api:
         return Response(
             self._metrics.exposition(self._engine.status(), self._engine.load()), media_type=CONTENT_TYPE_LATEST
         )
-
-    async def openapi(self) -> Json:
-        """This interface as an OpenAPI document."""
-        return self._document()
-
-    async def docs(self) -> Response:
-        """That document as a page."""
-        return Response(docs.page(self._document()), media_type="text/html", headers=PAGE_HEADERS)
 
     async def _answer(self, request: Request, body: Body) -> Response:
         bundle = self._served.bundle  # kept for the whole answer, whatever is served by then

@@ -21,6 +21,7 @@ from service import errors, logs
 from service import record as records
 from service.access import Access, Gate
 from service.api import MAX_BODY, PAGES, PATIENCE, Api
+from service.docs import Docs
 from service.ending import LAST_WORDS, Deadline, Drain
 from service.engines.base import Engine
 from service.errors import CLIENT_LEFT
@@ -84,13 +85,14 @@ def create_app(
             if routelog is not None:
                 await asyncio.to_thread(routelog.close)
 
-    # No generated docs: their page loads scripts from elsewhere, and the bodies are read by hand.
+    # service/openapi.py describes it: FastAPI does not know the bodies, and its page loads scripts from elsewhere.
     app = FastAPI(title="modelglue", lifespan=lifespan, openapi_url=None)
     api = Api(served, engine, metrics, drain, patience=patience, heartbeat=heartbeat, max_body=max_body)
-    app.include_router(api.endpoints())
     reloading = Reloading(served, access, metrics)
     app.state.reload = reloading.reload
-    app.include_router(Operations(reloading, routelog, max_body).endpoints())
+    endpoints = [api.endpoints(), Operations(reloading, routelog, max_body).endpoints()]
+    for each in (*endpoints, Docs(endpoints).endpoints()):
+        app.include_router(each)
     # What is added last comes first.
     if deadline is not None:
         app.add_middleware(Deadline, seconds=deadline)

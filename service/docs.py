@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from html import escape
 from typing import Any
 
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from service import openapi
+from service.api import PAGE_HEADERS
 from service.schemas.fields import Json
 
 PAGE = """<!doctype html>
@@ -26,6 +32,33 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
+
+
+class Docs:
+    """`GET /openapi.json` and `GET /docs`, of these endpoints and of themselves."""
+
+    def __init__(self, endpoints: Sequence[APIRouter]) -> None:
+        self._described = list(endpoints)
+
+    def endpoints(self) -> APIRouter:
+        """Both."""
+        api = APIRouter(redirect_slashes=False)
+        api.add_api_route("/openapi.json", self.openapi, methods=["GET"])
+        api.add_api_route("/docs", self.docs, methods=["GET"])
+        self._described.append(api)
+        return api
+
+    async def openapi(self) -> Json:
+        """This interface as an OpenAPI document."""
+        return self._document
+
+    async def docs(self) -> Response:
+        """That document as a page."""
+        return Response(page(self._document), media_type="text/html", headers=PAGE_HEADERS)
+
+    @cached_property
+    def _document(self) -> Json:
+        return openapi.document([route for each in self._described for route in each.routes])
 
 
 def page(document: Json) -> str:

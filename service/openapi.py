@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute
 from routers.prompt import AUTO
 from service.schemas import shapes
 from service.schemas.bodies import ChatBody, CompletionBody
+from service.schemas.feedback import FeedbackBody
 from service.schemas.fields import EXTENSION, Json, Strict
 from service.schemas.queries import DetailQuery, DetokenizeBody, EmbeddingsBody, RouteQuery, TokenizeBody
 
@@ -81,6 +82,13 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = {
     "healthz": Endpoint({JSON: shapes.Health}),
     "readyz": Endpoint({JSON: shapes.Readiness}),
     "metrics": Endpoint({"text/plain": str}),
+    "feedback": Endpoint(
+        {JSON: shapes.Feedback},
+        (FeedbackBody,),
+        example={"request_id": "an answer's x-request-id", "thumbs": "up"},
+        failures=(404,),
+    ),
+    "reload": Endpoint({JSON: shapes.Reloaded}, failures=(403, 409)),
     "openapi": Endpoint({JSON: Json}),
     "docs": Endpoint({"text/html": str}),
 }
@@ -89,8 +97,10 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = {
 FAILURES: Final[Mapping[int, str]] = {
     400: "Something in it cannot be honoured; `param` names the field.",
     401: "No API key, or one that is not known, where the service asks for keys.",
-    404: "There is no such model.",
+    403: "It may be asked from the service's own machine, or with the key `admin`.",
+    404: "There is no such model, or no such request.",
     408: "Its body did not come in time.",
+    409: "The new router cannot take the old one's place.",
     413: "Its body is too large.",
     429: "A queue is full, or a key's limit is reached; `retry-after` says when there may be room.",
     500: "A bug; the service's log says why.",

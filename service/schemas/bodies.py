@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -22,8 +23,9 @@ Some = Annotated[list[T], Field(min_length=1)]
 Prompts = str | Some[str] | Some[Token] | Some[Some[Token]]
 StopString = Annotated[str, Field(min_length=1)]
 Stops = StopString | Annotated[list[StopString], Field(max_length=4)]
+TOKEN: Final = re.compile("^[0-9]{1,10}$")
 BIASES: Final[Json] = {
-    "propertyNames": {"pattern": "^[0-9]+$"},
+    "propertyNames": {"pattern": TOKEN.pattern},
     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
 }
 
@@ -50,7 +52,7 @@ class Turn(Strict):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
-    tool_call_id: str = ""
+    tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -58,14 +60,18 @@ class Turn(Strict):
         """Clients send an assistant's message back as they got it: `refusal: null`, `annotations: []`."""
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if value not in (None, [])}
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None and (value != [] or name in cls.model_fields)
+        }
 
-    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
+    @field_validator("content", mode="before", json_schema_input_type=str | Some[TextPart])
     @classmethod
     def _joined(cls, content: Any) -> Any:
         if not isinstance(content, list):
             return content
-        if not all(map(_is_text, content)):
+        if not content or not all(map(_is_text, content)):
             raise ValueError('takes text parts only: {"type": "text", "text": "..."}')
         return "\n".join(part["text"] for part in content)
 
@@ -144,7 +150,7 @@ class Body(Strict, Routed):
     # vLLM's
     top_k: int = Field(default=0, ge=-1)
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    repetition_penalty: float = Field(default=1.0, ge=0.001, le=1000)
     min_tokens: int = Field(default=0, ge=0)
     stop_token_ids: list[Token] = Field(default=[])
     ignore_eos: bool = False
@@ -177,7 +183,7 @@ class Body(Strict, Routed):
     @field_validator("logit_bias")
     @classmethod
     def _of_tokens(cls, biases: dict[str, float]) -> dict[str, float]:
-        if not all(token.isdecimal() and -100 <= bias <= 100 for token, bias in biases.items()):
+        if not all(TOKEN.fullmatch(token) and -100 <= bias <= 100 for token, bias in biases.items()):
             raise ValueError("takes token ids, each with a bias between -100 and 100")
         return biases
 

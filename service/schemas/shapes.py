@@ -262,6 +262,23 @@ class Version(TypedDict):
     version: str
     bundle: str
     inputs_sha256: str
+    router_sha256: str
+
+
+class Feedback(TypedDict):
+    """What was kept of it; score is 1 or 0 for thumbs."""
+
+    object: Literal["feedback"]
+    request_id: str
+    index: int
+    score: float
+
+
+class Reloaded(TypedDict):
+    """What was taken."""
+
+    object: Literal["reload"]
+    detail: str
 
 
 class Health(TypedDict):
@@ -281,4 +298,5 @@ class Readiness(TypedDict):
     """Whether requests should be sent here."""
 
     ready: bool
+    stopping: bool
     experts: dict[str, ExpertState]
