@@ -29,6 +29,7 @@ from service.decisions import Decision, Request, evidence
 from service.ending import Drain
 from service.engines.base import Engine, Message, Sampling
 from service.engines.later import LaterEngine
+from service.errors import ReloadError
 from service.metrics import Metrics
 from service.routelog import MOST_ROWS, RouteLog
 from service.server import address, listen, run
@@ -191,11 +192,12 @@ def reload(
     try:
         answer = httpx.post(f"{url.rstrip('/')}/admin/reload", headers=headers, timeout=RELOAD_SECONDS)
         told = answer.json()
-        print(told["detail"] if answer.is_success else f"error: {told['error']['message']}")
+        said: str = told["detail"] if answer.is_success else told["error"]["message"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as exc:
         raise SettingsError(f"{url} does not answer as this service does ({exc}): is it running there?") from exc
     if not answer.is_success:
-        raise typer.Exit(1)
+        raise ReloadError(said)
+    print(said)
 
 
 def serve_with(settings: Settings) -> None:

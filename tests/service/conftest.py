@@ -10,7 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from routers.bundle import ROUTER, Bundle, Digest, Expert, FeaturesEntry, Manifest, RouterEntry, Source
+from routers import bundle as bundles
+from routers.bundle import ROUTER, Bundle, Digest, Expert, FeaturesEntry, Manifest, RouterEntry, Source, digest
 from routers.features import TokenEmbeddings
 from routers.linear import LinearRouter
 from routers.policy import Policy
@@ -73,6 +74,29 @@ def bundle(router: PromptRouter) -> Bundle:
         files={ROUTER: nothing},
     )
     return Bundle(Path("three"), manifest, router)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, router: PromptRouter, tokenizer: Tokenizer) -> Path:
+    """A bundle whose experts have no files."""
+    tokenizer.save(str(tmp_path / bundles.TOKENIZER))
+    bundles.save_router(tmp_path, router.router, router.features)
+    source = Source(model="toy", source="toy", revision=None, weights="0" * 64, coefficient=1.0)
+    experts = [
+        Expert(name=name, method="copy", sources=(source,), context_window=64, files={}) for name in router.experts
+    ]
+    manifest = Manifest(
+        zoo="toy",
+        inputs_sha256="0" * 64,
+        seed=0,
+        default="story",
+        experts=tuple(experts),
+        router=RouterEntry(kind="linear", k=1),
+        features=FeaturesEntry(model="toy", dimension=16),
+        files={name: digest(tmp_path / name) for name in (bundles.ROUTER, bundles.TOKENIZER)},
+    )
+    bundles.write(tmp_path, manifest)
+    return tmp_path
 
 
 @pytest.fixture

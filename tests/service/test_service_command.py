@@ -15,8 +15,6 @@ import pytest
 from serving import wait_until
 from tokenizers import Tokenizer
 
-from routers import bundle
-from routers.bundle import Expert, FeaturesEntry, Manifest, RouterEntry, Source, digest
 from routers.prompt import PromptRouter
 from service.__main__ import answer_all
 from service.engines.echo import EchoEngine
@@ -24,29 +22,6 @@ from service.server import address, listen
 
 COMMAND = (sys.executable, "-m", "service")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, router: PromptRouter, tokenizer: Tokenizer) -> Path:
-    """A bundle whose experts have no files."""
-    tokenizer.save(str(tmp_path / bundle.TOKENIZER))
-    bundle.save_router(tmp_path, router.router, router.features)
-    source = Source(model="toy", source="toy", revision=None, weights="0" * 64, coefficient=1.0)
-    experts = [
-        Expert(name=name, method="copy", sources=(source,), context_window=64, files={}) for name in router.experts
-    ]
-    manifest = Manifest(
-        zoo="toy",
-        inputs_sha256="0" * 64,
-        seed=0,
-        default="story",
-        experts=tuple(experts),
-        router=RouterEntry(kind="linear", k=1),
-        features=FeaturesEntry(model="toy", dimension=16),
-        files={name: digest(tmp_path / name) for name in (bundle.ROUTER, bundle.TOKENIZER)},
-    )
-    bundle.write(tmp_path, manifest)
-    return tmp_path
 
 
 def test_a_missing_bundle_is_a_sentence(tmp_path: Path) -> None:
