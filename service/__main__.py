@@ -69,7 +69,7 @@ def serve(
         ),
     ] = None,
     max_batch: Annotated[int, option("Requests of an expert that run at a time.", "MAX_BATCH", min=1)] = 64,
-    queue: Annotated[int, option("Requests of an expert that may wait; more get 429.", "QUEUE", min=0)] = 256,
+    queue: Annotated[int, option("Requests of an expert that may wait; more get 429.", "QUEUE", min=1)] = 256,
     kv_memory: Annotated[
         float | None,
         option("GB of key-value memory, for all experts (default: a quarter of what is free).", "KV_MEMORY", min=0.001),

@@ -48,8 +48,8 @@ def requests(*, prompts: bool = False) -> Callable[[Record], None]:
     """What logs the line of a request; with `prompts`, what was asked too."""
 
     def tell(record: Record) -> None:
-        # Probes come every few seconds: they are worth a line where they fail, or to whoever wants it all.
-        quiet = record.path in OPEN and record.status < 500
+        # Probes come every few seconds, and are told no while experts load: worth a line to whoever wants it all.
+        quiet = record.path in OPEN and record.status != 500
         level = logging.DEBUG if quiet else logging.INFO
         if logger.isEnabledFor(level):
             told = fields(record, prompts=prompts)
