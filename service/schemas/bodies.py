@@ -16,13 +16,16 @@ from service.schemas.fields import NEUTRAL, Json, Routed, Strict
 MOST_ANSWERS: Final = 1024
 """Answers that one request may ask for, over all of its prompts."""
 
+MOST_STOPS: Final = 64
+"""Stop strings: OpenAI takes 4, and tasks of lm-evaluation-harness send more."""
+
 T = TypeVar("T")
 Token = Annotated[int, Field(ge=0)]
 Some = Annotated[list[T], Field(min_length=1)]
 
 Prompts = str | Some[str] | Some[Token] | Some[Some[Token]]
 StopString = Annotated[str, Field(min_length=1)]
-Stops = StopString | Annotated[list[StopString], Field(max_length=4)]
+Stops = StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)]
 TOKEN: Final = re.compile("^[0-9]{1,10}$")
 BIASES: Final[Json] = {
     "propertyNames": {"pattern": TOKEN.pattern},
@@ -142,7 +145,7 @@ class Body(Strict, Routed):
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[str, float] = Field(default={}, json_schema_extra=BIASES)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: list[str] = Field(default=[], max_length=4)
+    stop: list[str] = Field(default=[], max_length=MOST_STOPS)
     n: int = Field(default=1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -79,7 +79,7 @@ def test_a_chats_field_that_is_not_served(client: TestClient, field: str, value:
     [
         ("temperature", -1), ("temperature", 2.1), ("temperature", "0.5"), ("top_p", 0), ("top_p", 7),
         ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.5), ("seed", 2**63), ("seed", "1"),
-        ("stop", ["a"] * 5), ("stop", ""), ("stop", [1]), ("stop", {}), ("stream", "yes"), ("user", 1),
+        ("stop", ["a"] * 65), ("stop", ""), ("stop", [1]), ("stop", {}), ("stream", "yes"), ("user", 1),
         ("model", 1), ("k", 0), ("k", "2"), ("k", 4), ("mixture", "some"), ("allow", "code"), ("allow", ["gpt"]),
         ("deny", ["gpt"]), ("cost_weight", -1),
         ("prompt", 1), ("prompt", {}), ("prompt", []), ("prompt", ["a", 1]), ("prompt", [1, True]), ("prompt", [-1]),
