@@ -52,11 +52,12 @@ PATIENCE: Final = 2.0
 """Seconds that a stream waits for its first pieces: until then a failure has a status, and another expert is tried."""
 
 PLAYGROUND = Path(__file__).parent / "playground"
+SCRIPTS = ("playground.js", "answer.js", "client.js", "dom.js", "request.js", "route.js")
 PAGES = {
     "/": ("index.html", "text/html"),
-    "/playground.css": ("playground.css", "text/css"),
-    "/playground.js": ("playground.js", "text/javascript"),
     "/docs.css": ("docs.css", "text/css"),
+    "/playground/playground.css": ("playground.css", "text/css"),
+    **{f"/playground/{name}": (name, "text/javascript") for name in SCRIPTS},
 }
 PAGE_HEADERS = {
     "cache-control": "no-cache",
