@@ -48,7 +48,9 @@ class EventStream(StreamingResponse):
             try:
                 await super().__call__(scope, receive, send)
             except asyncio.CancelledError:  # not by a client that leaves: that is noticed above
-                last = _event(errors.body(cause(scope))) + DONE
+                told = errors.body(cause(scope))
+                scope["record"].code = told["error"]["code"]
+                last = _event(told) + DONE
                 with suppress(TimeoutError):  # one that does not read does not hold up the end
                     async with asyncio.timeout(LAST_WORDS):
                         await send({"type": "http.response.body", "body": last.encode()})

@@ -111,6 +111,7 @@ class Requests:
             self._open.discard(task)
             record.ended = time.perf_counter()
             record.endpoint = getattr(scope.get("route"), "path", "")
-            record.status = record.status if whole else CLIENT_LEFT
+            if not whole:
+                record.status = 504 if "ended_by" in scope else CLIENT_LEFT
             for tell in self._tell:
                 tell(record)

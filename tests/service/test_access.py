@@ -93,6 +93,12 @@ def test_a_keys_requests_come_back_evenly(tmp_path: Path, monkeypatch: pytest.Mo
         pass
     with pytest.raises(Exception, match="a minute"), access.use(key):
         pass
+    now += 3600  # an hour's silence is no credit for an hour
+    for _ in range(60):
+        with access.use(key):
+            pass
+    with pytest.raises(Exception, match="a minute"), access.use(key):
+        pass
 
 
 def test_a_key_has_only_so_many_requests_at_a_time(bundle: Bundle, keys: Path) -> None:

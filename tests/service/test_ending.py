@@ -111,7 +111,8 @@ def test_idle_it_ends_at_once(folder: Path) -> None:
         assert time.monotonic() - began < 5
 
 
-def test_a_stream_over_its_deadline_ends_with_an_error_event(bundle: Bundle) -> None:
+def test_a_stream_over_its_deadline_ends_with_an_error_event(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "service.requests")
     engine = EchoEngine(bundle.router.experts, delay=0.1)
     with TestClient(create_app(bundle, engine, deadline=0.35)) as client:
         response = client.post("/v1/completions", json=STREAM)
@@ -121,6 +122,7 @@ def test_a_stream_over_its_deadline_ends_with_an_error_event(bundle: Bundle) -> 
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
     assert done == "data: [DONE]"
     assert engine.running == 0
+    assert "code=deadline_exceeded" in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -133,6 +135,18 @@ def test_an_answer_that_has_not_begun_by_its_deadline_is_504(bundle: Bundle, str
         assert response.headers["x-should-retry"] == "false"
         assert engine.running == 0
         assert client.post("/v1/completions", json=STREAM).status_code == 504  # nothing is left of the first
+
+
+def test_lines_that_are_not_all_told_by_their_deadline_break_off(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of them must not look like all."""
+    caplog.set_level("INFO", "service.requests")
+    app = create_app(bundle, EchoEngine(bundle.router.experts), deadline=0.3)
+    with serve(app) as (url, _):
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.post(f"{url}/route/batch", content=b'{"prompt": "python"}\n' * 40_000, timeout=9)
+        wait_until(lambda: " 504 " in caplog.text)
 
 
 def test_a_request_within_its_deadline_is_untouched(bundle: Bundle) -> None:
