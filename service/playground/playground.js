@@ -83,7 +83,7 @@ async function showRoute() {
   if (!at("prompt").value.trim() && !sent) return;
   const shown = shownRequests();
   const request = shown.find(({ body }) => isRouted(body.model)) ?? shown[0];
-  if (request === routed) return; // and asked anew it may be another: the service remembers who answered
+  if (request === routed) return card.rest(); // asked anew it may be another: the service remembers who answered
   const { signal } = (asking = new AbortController());
   card.wait();
   try {
@@ -157,8 +157,8 @@ function again(turn) {
 // Keeps the end of an answer in sight for as long as the reader does.
 function follow({ element }) {
   const box = at("thread");
-  const scrolls = box.scrollHeight > box.clientHeight && getComputedStyle(box).overflowY !== "visible";
-  const edge = scrolls ? box.getBoundingClientRect().bottom : at("composer").getBoundingClientRect().top;
+  const scrolls = getComputedStyle(box).overflowY !== "visible";
+  const edge = scrolls ? box.getBoundingClientRect().bottom : innerHeight;
   const beyond = element.getBoundingClientRect().bottom - edge;
   if (beyond > 0 && beyond < 120) (scrolls ? box : window).scrollBy(0, beyond + 16);
 }

@@ -55,28 +55,33 @@ export class RouteCard {
     at("route").setAttribute("aria-busy", "true");
   }
 
+  rest() {
+    at("route").removeAttribute("aria-busy");
+  }
+
   // More that is known of the route that is shown.
   add(route) {
     this.show({ ...this.#route, ...route });
   }
 
   clear() {
-    at("route").removeAttribute("aria-busy");
+    this.rest();
     at("routeBody").hidden = at("routeError").hidden = true;
     at("routeHint").hidden = false;
     at("routeMeta").textContent = "";
   }
 
   fail(message) {
-    at("route").removeAttribute("aria-busy");
+    this.rest();
     at("routeError").textContent = message;
     at("routeError").hidden = false;
+    at("routeHint").hidden = true;
     at("routeBody").classList.add("stale");
   }
 
   show(route) {
     this.#route = route;
-    at("route").removeAttribute("aria-busy");
+    this.rest();
     at("routeError").hidden = at("routeHint").hidden = true;
     at("routeBody").hidden = false;
     at("routeBody").classList.remove("stale");
