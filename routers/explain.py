@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from routers.bundle import Bundle, RoutingRow
 from routers.kmeans import KMeansRouter
+from routers.linear import LinearRouter
 from routers.policy import Limits, Route
 
 Detail = Literal["basic", "scores", "full"]
@@ -80,7 +81,8 @@ def _near(read: Bundle, kind: str, index: int) -> dict[str, Any]:
         assert isinstance(read.router.router, KMeansRouter)
         members = read.router.router.representatives(index)
         return {"cluster": index, "representatives": [_told(read.routing[row]) for row in members]}
-    return {"gate": index}
+    assert isinstance(read.router.router, LinearRouter)
+    return {"gate": index, "experts": list(read.router.router.owners(index))}
 
 
 def _told(row: RoutingRow) -> dict[str, Any]:

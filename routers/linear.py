@@ -84,6 +84,10 @@ class LinearRouter:
     def dimension(self) -> int:
         return int(self._gates_GD.shape[1])
 
+    def owners(self, gate: int) -> tuple[str, ...]:
+        """The experts that a gate speaks for."""
+        return tuple(name for name, owns in zip(self._experts, self._owners_GE[gate], strict=True) if owns)
+
     def estimate(self, vector_D: Vector) -> Estimate:
         cosines_G = self._gates_GD @ vector_D
         quality_E = self._bias_E + self._scale * self._best(cosines_G)

@@ -126,7 +126,7 @@ class Gate:
     """Lets a request in, or refuses it, before its body is read: by the service's end, its key, or the key's limits."""
 
     def __init__(self, app: ASGIApp, access: Access | None, drain: Drain, public: Collection[str]) -> None:
-        """public: paths of the page, which is for everyone; what it asks for is not."""
+        """public: paths of pages, which are for everyone; what they ask for is not."""
         self._app = app
         self._access = access
         self._drain = drain

@@ -96,7 +96,7 @@ def create_app(
     # What is added last comes first.
     if deadline is not None:
         app.add_middleware(Deadline, seconds=deadline)
-    app.add_middleware(Gate, access=access, drain=drain, public=frozenset(PAGES))
+    app.add_middleware(Gate, access=access, drain=drain, public=frozenset({*PAGES, "/docs", "/openapi.json"}))
     if cors:
         app.add_middleware(
             CORSMiddleware,

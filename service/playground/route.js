@@ -210,7 +210,7 @@ function drawEvidence({ evidence, text, reason }) {
 
 function near({ similarity, ...what }) {
   const shown = make("li", "");
-  const heading = "gate" in what ? `gate ${what.gate}` : "cluster" in what ? `cluster ${what.cluster}` : what.task;
+  const heading = "gate" in what ? `gate of ${what.experts.join(", ")}` : "cluster" in what ? `cluster ${what.cluster}` : what.task;
   shown.append(make("span", "task", heading), make("span", "similarity", number(similarity, 2)));
   for (const told of what.representatives ?? (what.prompt ? [what] : [])) shown.append(make("p", "", told.prompt), scores(told.scores));
   return shown;

@@ -60,7 +60,7 @@ def test_every_key_of_a_name_is_taken(bundle: Bundle, keys: Path) -> None:
             assert client.post("/v1/completions", json=BODY, headers=bearer(key)).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/health", "/readyz", "/metrics", "/"])
+@pytest.mark.parametrize("path", ["/healthz", "/health", "/readyz", "/metrics", "/", "/docs", "/openapi.json"])
 def test_who_watches_and_the_page_need_no_key(bundle: Bundle, keys: Path, path: str) -> None:
     with TestClient(app_of(bundle, keys)) as client:
         assert client.get(path).status_code == 200

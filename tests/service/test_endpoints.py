@@ -134,6 +134,7 @@ def test_route_tells_as_much_as_it_is_asked(client: TestClient) -> None:
     assert "evidence" not in scores
     assert scores["experts"][0].keys() >= {"expected_quality", "std", "cost", "excluded"}
     assert full["evidence"]["kind"] == "gates"
+    assert full["evidence"]["near"][0]["experts"] == ["code"]
     without = next(each for each in full["counterfactuals"] if each["if"] == "without code")
     assert without["expert"] == scores["experts"][1]["expert"]
     for name in basic.keys() - {"ms"}:
