@@ -38,6 +38,8 @@ from routers.prompt import AUTO
 PROMPT, NEW, WARM_UP = 128, 64, 8
 WAVES, LEAST = 2, 4
 """Requests of a round by its concurrency, and at least."""
+ENOUGH = 60.0
+"""Seconds of a round after which nothing new is asked for."""
 STARTING, STOPPING, POLL = 900.0, 20.0, 0.05
 SAID = 1500
 """Characters of what a server said that go with its failure."""
@@ -235,7 +237,7 @@ class Client:
         await asyncio.gather(*(self._first_answer(i, processes) for i in range(len(self._targets))))
 
     async def round(self, concurrency: int, seed: str, processes: Sequence[psutil.Popen], tokens: int = NEW) -> Round:
-        """So many requests at a time until all are answered."""
+        """So many requests at a time until all are answered, or ENOUGH is asked for."""
         count = max(WAVES * concurrency, LEAST)
         bodies = iter([self._body(i % len(self._targets), f"{seed}/{i}", tokens) for i in range(count)])
         answers: list[Answer] = []
@@ -243,6 +245,8 @@ class Client:
         async def work() -> None:
             for target, body in bodies:
                 answers.append(await self._stream(target, body))
+                if time.perf_counter() - started > ENOUGH:
+                    return
 
         own = [psutil.Process(), *tree(processes)]
         all_before, own_before, started = busy(), used(own), time.perf_counter()
@@ -320,6 +324,8 @@ def main(
     passes: Annotated[int, typer.Option(min=1, help="Over the concurrencies; figures are medians.")] = 2,
 ) -> None:
     """Print a table by number of threads."""
+    # Servers are ended with this process, however it is told to end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     read = bundle.read(path)
     peers = {name: command for name, command in map(known, peer or ()) if found(name, command)}
     levels = concurrency or [1, 4, 16, 64]
