@@ -35,7 +35,7 @@ from routers import bundle
 from routers.fixed import FixedRouter
 from routers.prompt import AUTO
 
-PROMPT, NEW, WARM_UP = 128, 64, 8
+PROMPT, NEW, WARM_UP, FIRST = 128, 64, 8, 4
 WAVES, LEAST = 2, 4
 """Requests of a round by its concurrency, and at least."""
 ENOUGH = 60.0
@@ -262,7 +262,7 @@ class Client:
             for dialect in DIALECTS:
                 self._dialects[i] = dialect
                 try:
-                    await self._stream(*self._body(i, "first", 1))
+                    await self._stream(*self._body(i, "first", FIRST))
                     return
                 except httpx.HTTPStatusError as exc:
                     refused = f": {exc.response.status_code} {exc.response.text[:200]}"
