@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 import torch
@@ -148,7 +149,8 @@ def blend(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     logits_EV = torch.stack([each.float() for each, _ in some])
     weights_E = logits_EV.new_tensor([weight for _, weight in some]).reshape(-1, *[1] * (logits_EV.dim() - 1))
     norms_E = logits_EV.logsumexp(-1, keepdim=True)
-    mixed_V = (logits_EV - norms_E + weights_E.log()).logsumexp(0) + (norms_E * weights_E).sum(0)
+    logs_EV = logits_EV - norms_E + weights_E.log()
+    mixed_V = reduce(torch.logaddexp, logs_EV.unbind(0)) + (norms_E * weights_E).sum(0)
     same = (logits_EV == logits_EV[0]).all(-1, keepdim=True).all(0)
     return torch.where(same, logits_EV[0], mixed_V)
 
