@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,33 +12,15 @@ import jsonschema
 import pytest
 import schemathesis
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis.checks import not_a_server_error
-from schemathesis.generation import GenerationMode
-from schemathesis.specs.openapi import checks
+from fuzzing import SETTINGS, fuzzed
+from hypothesis import given, settings
 from serving import serve
 
 from routers.bundle import Bundle
 from service.api import PAGES
 from service.app import create_app
 from service.engines.echo import EchoEngine
-from service.openapi import LINES
 
-CHECKS = [
-    not_a_server_error,
-    checks.status_code_conformance,
-    checks.content_type_conformance,
-    checks.response_headers_conformance,
-    checks.response_schema_conformance,
-    checks.negative_data_rejection,
-]
-SETTINGS: dict[str, Any] = {
-    "deadline": None,
-    "derandomize": True,
-    "database": None,
-    "suppress_health_check": list(HealthCheck),
-    "phases": [Phase.explicit, Phase.generate],
-}
 CHAT = [{"role": "user", "content": "write a python loop"}]
 
 
@@ -57,32 +38,8 @@ def document(client: TestClient) -> dict[str, Any]:
 
 @pytest.mark.parametrize("examples", [12, pytest.param(400, marks=pytest.mark.slow)])
 def test_nothing_that_the_document_allows_or_forbids_gets_what_it_does_not_tell(url: str, examples: int) -> None:
-    statuses = Counter[int]()
-    for found in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations():
-        operation = found.ok()
-        if any(body.media_type == LINES for body in operation.body):
-            continue  # a whole of many bodies, below
-        asked = [GenerationMode.POSITIVE]
-        if operation.body or operation.query:
-            asked.append(GenerationMode.NEGATIVE)
-        for mode in asked:
-            statuses += fuzzed(operation, mode, examples)
+    statuses = fuzzed(url, examples)
     assert min(statuses[status] for status in (200, 400, 404)) > examples
-
-
-def fuzzed(operation: Any, mode: GenerationMode, examples: int) -> Counter[int]:
-    """Statuses of what was sent."""
-    statuses = Counter[int]()
-
-    @settings(max_examples=examples, **SETTINGS)
-    @given(case=operation.as_strategy(generation_mode=mode))
-    def ask(case: Any) -> None:
-        if mode is GenerationMode.POSITIVE and isinstance(case.body, dict) and "model" in case.body:
-            case.body["model"] = None  # else nearly all of them name one that there is not
-        statuses[case.call_and_validate(checks=CHECKS).status_code] += 1
-
-    ask()
-    return statuses
 
 
 def test_lines_of_bodies_get_the_routes_that_each_gets_alone(url: str) -> None:

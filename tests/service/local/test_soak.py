@@ -29,7 +29,7 @@ from service.engines.local import LocalEngine, Options
 from service.server import listen
 
 STREAMS = 200
-KINDS = 120
+KINDS = 80
 KV_BYTES = 6 << 20
 """Too little for all that run: some give way, and are computed again."""
 WORDS = ["the", "owl", "was", "afraid", "dark", "fox", "def", "numbers", "math", "code", "story", "日本語", "👍", "\n"]
