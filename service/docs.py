@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from html import escape
@@ -70,7 +71,7 @@ def page(document: Json) -> str:
     ]
     schemas = document["components"]["schemas"]
     index = [
-        f'<li><a href="#{escape(each["operationId"])}">{_title(method, path)}</a> {escape(each["summary"])}</li>'
+        f'<li><a href="#{escape(each["operationId"])}">{_title(method, path)}</a> {_prose(each["summary"])}</li>'
         for method, path, each in operations
     ]
     return PAGE.format(
@@ -84,11 +85,11 @@ def page(document: Json) -> str:
 def _operation(method: str, path: str, operation: Json) -> str:
     parts = [
         f'<section id="{escape(operation["operationId"])}"><h2>{_title(method, path)}</h2>',
-        f"<p>{escape(operation['summary'])}</p>",
+        f"<p>{_prose(operation['summary'])}</p>",
     ]
     if operation["parameters"]:
         rows = [
-            (each["name"], each["in"], _type(each["schema"]), escape(each.get("description", "")))
+            (each["name"], each["in"], _type(each["schema"]), _prose(each.get("description", "")))
             for each in operation["parameters"]
         ]
         parts.append(_table(("name", "where", "type", ""), rows))
@@ -96,7 +97,7 @@ def _operation(method: str, path: str, operation: Json) -> str:
         parts.append(f"<h3>Body</h3><p>{_type(content['schema'])}</p>")
         parts.append(f"<pre>{escape(_curl(method, path, media_type, content['example']))}</pre>")
     answers = [
-        (status, "<br>".join(_content(response)), escape(response["description"]))
+        (status, "<br>".join(_content(response)), _prose(response["description"]))
         for status, response in operation["responses"].items()
     ]
     parts += ["<h3>Answers</h3>", _table(("status", "body", ""), answers), "</section>"]
@@ -111,17 +112,17 @@ def _types(schemas: Mapping[str, Json]) -> Iterable[str]:
     for name, schema in schemas.items():
         needed = schema.get("required", ())
         rows = [
-            (field, _type(each), "" if field in needed else "optional", escape(each.get("description", "")))
+            (field, _type(each), "" if field in needed else "optional", _prose(each.get("description", "")))
             for field, each in schema.get("properties", {}).items()
         ]
-        yield f'<section id="{escape(name)}"><h2>{escape(name)}</h2><p>{escape(schema.get("description", ""))}</p>'
+        yield f'<section id="{escape(name)}"><h2>{escape(name)}</h2><p>{_prose(schema.get("description", ""))}</p>'
         yield _table(("field", "type", "", ""), rows) + "</section>"
 
 
 def _type(schema: Json) -> str:
     """A type in one line of HTML, those with a name as links."""
     if "contentSchema" in schema:
-        return f"{_type(schema['contentSchema'])}. {escape(schema['description'])}"
+        return f"{_type(schema['contentSchema'])}. {_prose(schema['description'])}"
     if "$ref" in schema:
         name = escape(schema["$ref"].rsplit("/", 1)[1])
         return f'<a href="#{name}">{name}</a>'
@@ -156,6 +157,11 @@ def _bounds(schema: Json) -> str:
 def _curl(method: str, path: str, media_type: str, example: Any) -> str:
     body = example if isinstance(example, str) else json.dumps(example)
     return f"curl -X {method.upper()} $SERVICE{path} -H 'content-type: {media_type}' --data-binary '{body}'"
+
+
+def _prose(text: str) -> str:
+    """Sentences whose code stands between backticks."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def _title(method: str, path: str) -> str:
