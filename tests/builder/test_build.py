@@ -2,19 +2,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from stopping import stopped
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builder import pipeline
@@ -115,46 +114,28 @@ def test_building_again_is_free_and_changes_nothing(zoo_file: Path, tmp_path: Pa
 def test_a_build_that_is_killed_goes_on_and_ends_with_the_same_bundle(
     built: Path, zoo_file: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "builder", "build", "--zoo", str(zoo_file)]
-    command += ["--out", str(tmp_path / "bundle"), "--cache", str(tmp_path / "cache")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while _results(tmp_path / "cache/journal.sqlite") < 7:
-        assert process.poll() is None, "the build ended before it could be killed"
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    command = ["build", "--zoo", zoo_file, "--out", tmp_path / "bundle", "--cache", tmp_path / "cache"]
+    assert stopped(signal.SIGKILL, 7, *command).returncode == -signal.SIGKILL
     assert not (tmp_path / "bundle").exists()
-    done = _results(tmp_path / "cache/journal.sqlite")
-    subprocess.run(command, check=True, capture_output=True)
+    assert results(tmp_path / "cache") == 7
+    subprocess.run([sys.executable, "-m", "builder", *map(str, command)], check=True, capture_output=True)
     assert tree(tmp_path / "bundle") == tree(built)
-    assert done >= 7
     assert not (tmp_path / "bundle.partial").exists()
 
 
 def test_ctrl_c_stops_a_build_with_a_sentence_and_without_a_bundle(zoo_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "builder", "build", "--zoo", str(zoo_file)]
-    command += ["--out", str(tmp_path / "bundle"), "--cache", str(tmp_path / "cache")]
-    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background shell ignores it
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds) as process:
-        while _results(tmp_path / "cache/journal.sqlite") < 5:
-            assert process.poll() is None, "the build ended before it could be stopped"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=30)[1]
-    assert process.returncode == 130
-    assert said.endswith("stopped; run it again to go on\n")
-    assert "Traceback" not in said
+    command = ["build", "--zoo", zoo_file, "--out", tmp_path / "bundle", "--cache", tmp_path / "cache"]
+    ended = stopped(signal.SIGINT, 5, *command)
+    assert ended.returncode == 130
+    assert ended.stderr.endswith("stopped; run it again to go on\n")
+    assert "Traceback" not in ended.stderr
+    assert results(tmp_path / "cache") == 5
     assert not (tmp_path / "bundle").exists()
 
 
-def _results(journal: Path) -> int:
-    if not journal.exists():
-        return 0
-    with sqlite3.connect(journal) as db:
-        try:
-            return int(db.execute("SELECT count(*) FROM results").fetchone()[0])
-        except sqlite3.OperationalError:
-            return 0
+def results(cache: Path) -> int:
+    with sqlite3.connect(cache / "journal.sqlite") as db:
+        return int(db.execute("SELECT count(*) FROM results").fetchone()[0])
 
 
 def test_what_a_killed_build_of_other_choices_left_is_not_in_the_bundle(

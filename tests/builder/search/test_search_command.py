@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from command_line import Run
+from stopping import stopped
 
 from builder.record import SearchRecord
 from builder.search.command import RECORD
@@ -130,36 +129,20 @@ def test_a_plan_says_so_where_members_do_not_fit_in_memory(
     assert "do not fit in 0.0 GB of memory: every trial streams them from disk" in result.out
 
 
-def started(zoo_file: Path, out: Path, cache: Path) -> subprocess.Popen[bytes]:
-    search = ["search", "--strategy", "heuristic+evolution", "--trials", "16", "--limit", "4"]
-    words = [sys.executable, "-m", "builder", *search, "--zoo", str(zoo_file), "--out", str(out), "--cache", str(cache)]
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ))
-
-
 def test_a_search_killed_at_any_time_goes_on_and_ends_as_an_unbroken_one(zoo_file: Path, tmp_path: Path) -> None:
-    cache, kills = tmp_path / "cache", 0
-    while kills < 2:
-        process, before = started(zoo_file, tmp_path / "broken", cache), evaluations(cache)
-        while process.poll() is None and len(evaluations(cache)) < len(before) + 9:
-            time.sleep(0.02)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.stderr is not None
-        process.stderr.close()
-        kills += 1
-        after = evaluations(cache)
-        assert {key: after[key] for key in before} == before  # nothing finished was computed again
+    search = ["search", "--strategy", "heuristic+evolution", "--trials", 16, "--limit", 4, "--zoo", zoo_file]
+    broken = [*search, "--out", tmp_path / "broken", "--cache", tmp_path / "cache"]
+    known = evaluations(tmp_path / "cache")
+    for _ in range(2):
+        assert stopped(signal.SIGKILL, 18, *broken).returncode == -signal.SIGKILL
+        before, known = known, evaluations(tmp_path / "cache")
+        assert len(known) > len(before)
+        assert {key: known[key] for key in before} == before  # nothing finished was computed again
         assert not (tmp_path / "broken" / RECORD).exists()
-    assert kills == 2
-    known = evaluations(cache)
-    process = started(zoo_file, tmp_path / "broken", cache)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err.decode()
-    assert {key: evaluations(cache)[key] for key in known} == known
-    whole = started(zoo_file, tmp_path / "unbroken", tmp_path / "other")
-    assert whole.communicate(timeout=120) is not None
+    whole = [*search, "--out", tmp_path / "unbroken", "--cache", tmp_path / "other"]
+    for words in (broken, whole):
+        subprocess.run([sys.executable, "-m", "builder", *map(str, words)], check=True, capture_output=True)
+    assert {key: evaluations(tmp_path / "cache")[key] for key in known} == known
     assert (tmp_path / "broken" / RECORD).read_bytes() == (tmp_path / "unbroken" / RECORD).read_bytes()
 
 
