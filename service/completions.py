@@ -120,23 +120,28 @@ class Completion:
             chosen += best[: part.request.n]
         return chosen
 
-    async def pieces(self, idle: float = math.inf) -> AsyncGenerator[tuple[int, Piece] | None, None]:
-        """Every choice's pieces as they come, with its number; None whenever nothing came for `idle` seconds."""
-        queue: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue(AHEAD * len(self._answers))
+    async def pieces(self, idle: float = math.inf) -> AsyncGenerator[list[tuple[int, Piece]], None]:
+        """Every choice's pieces, with its number, all at once that are there; none whenever `idle` seconds pass."""
+        queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue(AHEAD * len(self._answers))
         pumps = [asyncio.create_task(_pump(i, answer, queue)) for i, answer in enumerate(self._answers)]
         try:
             left = len(pumps)
             while left:
                 try:
                     async with asyncio.timeout(None if math.isinf(idle) else idle):
-                        index, piece = await queue.get()
+                        came = [await queue.get()]
                 except TimeoutError:
-                    yield None
+                    yield []
                     continue
-                if isinstance(piece, BaseException):
-                    raise piece
-                left -= piece.finish is not None
-                yield index, piece
+                while not queue.empty():
+                    came.append(queue.get_nowait())
+                good = [(index, piece) for index, piece in came if isinstance(piece, Piece)]
+                left -= sum(piece.finish is not None for _, piece in good)
+                if good:
+                    yield good
+                for _, failure in came:
+                    if isinstance(failure, Exception):
+                        raise failure
         finally:
             await _ended(pumps)
 
@@ -256,7 +261,7 @@ def _likelihood(piece: Piece) -> float:
     return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
 
-async def _pump(index: int, answer: Answer, queue: asyncio.Queue[tuple[int, Piece | BaseException]]) -> None:
+async def _pump(index: int, answer: Answer, queue: asyncio.Queue[tuple[int, Piece | Exception]]) -> None:
     try:
         async with aclosing(answer.pieces()) as pieces:
             async for piece in pieces:

@@ -12,6 +12,7 @@ from typing import Final
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from routers.errors import ModelGlueError
 from service import errors
 from service.completions import Completion
 from service.ending import LAST_WORDS, cause
@@ -61,18 +62,19 @@ async def _events(completion: Completion, writer: Writer, counted: bool, heartbe
         async with aclosing(completion.pieces(heartbeat)) as pieces:
             begun = set[int]()
             async for came in pieces:
-                if came is None:
-                    yield WAITING
-                    continue
-                index, piece = came
-                if index not in begun or piece.text or piece.finish or piece.scored:
-                    yield _event(writer.chunk(index, piece))
-                    begun.add(index)
+                told = ""
+                for index, piece in came:
+                    if index not in begun or piece.text or piece.finish or piece.scored:
+                        told += _event(writer.chunk(index, piece))
+                        begun.add(index)
+                if told or not came:
+                    yield told or WAITING
         if counted:
             yield _event(writer.count())
     except Exception as exc:  # the status is sent: an event is all that can still tell
         experts = ", ".join(part.decision.route.expert for part in completion.parts)
-        logger.exception("a stream of expert %s broke", experts)
+        # What is ours to explain was logged where it happened.
+        logger.error("a stream of expert %s broke: %r", experts, exc, exc_info=not isinstance(exc, ModelGlueError))
         yield _event(errors.body(exc))
     yield DONE
 

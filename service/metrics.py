@@ -1,13 +1,13 @@
 """What /metrics shows: vLLM's names where the same thing exists, so its dashboards work, and the routes.
 
-What the engine counts is read when somebody asks. Not here, for nobody measures it: how long a request waited before
-its prefill, which for a remote expert only its server knows.
+What the engine counts is read when somebody asks. Of a remote expert's requests, only its server knows how long they
+waited before their prefill.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from routers.policy import Route
-from service.engines.base import EngineError, Job, Load, Piece, Status, Usage
+from service.engines.base import Job, Load, Piece, Status, Usage
 
 if TYPE_CHECKING:  # a record has completions, which are counted here
     from service.record import Record
@@ -27,6 +27,18 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 ANSWERS = (1, 2, 5, 10, 20, 50, 100)
 EXPERT = ("model_name",)
 REJECTED = (429, 503)
+
+Family = CounterMetricFamily | GaugeMetricFamily
+OF_LOADS: Sequence[tuple[type[Family], str, str, Callable[[Load], float]]] = (
+    (GaugeMetricFamily, "vllm:num_requests_running", "Being answered.", lambda load: load.running),
+    (GaugeMetricFamily, "vllm:num_requests_waiting", "In the queue.", lambda load: load.waiting),
+    (GaugeMetricFamily, "vllm:kv_cache_usage_perc", "Share of all experts' key-value memory.", lambda load: load.kv),
+    (CounterMetricFamily, "vllm:prefix_cache_queries", "Prompt tokens looked up.", lambda load: load.queries),
+    (CounterMetricFamily, "vllm:prefix_cache_hits", "Those that were cached.", lambda load: load.hits),
+    (CounterMetricFamily, "vllm:num_preemptions", "Requests that gave way for memory.", lambda load: load.preemptions),
+    (CounterMetricFamily, "modelglue_expert_evictions", "Times that weights made room.", lambda load: load.evictions),
+    (GaugeMetricFamily, "modelglue_expert_resident", "1 when its weights are in place.", lambda load: load.resident),
+)
 
 
 class Metrics:
@@ -51,6 +63,8 @@ class Metrics:
         self._ended = counter("vllm:request_success", "Answers by how they ended.", (*EXPERT, "finished_reason"))
         self._first = histogram("vllm:time_to_first_token_seconds", "From the route to the first piece.")
         self._between = histogram("vllm:inter_token_latency_seconds", "Between two pieces.")
+        self._queued = histogram("vllm:request_queue_time_seconds", "Until the prompt's first token was computed.")
+        self._prefill = histogram("vllm:request_prefill_time_seconds", "From then to the first piece.")
         self._decode = histogram("vllm:request_decode_time_seconds", "From the first piece to the last.")
         self._each = histogram(
             "vllm:request_time_per_output_token_seconds",
@@ -125,7 +139,7 @@ class Metrics:
                     usage = piece.usage or usage
                     ended = piece.finish or ended
                     yield piece
-        except EngineError:
+        except Exception:
             ended = "error"
             raise
         finally:
@@ -137,6 +151,9 @@ class Metrics:
             self._ended.labels(job.expert, ended).inc()
             self._whole.labels(job.expert).observe(time.perf_counter() - began)
             if first is not None:
+                if usage.queued is not None:
+                    self._queued.labels(job.expert).observe(usage.queued)
+                    self._prefill.labels(job.expert).observe(max(first - began - usage.queued, 0))
                 self._decode.labels(job.expert).observe(last - first)
                 if tokens > first_tokens:
                     self._each.labels(job.expert).observe((last - first) / (tokens - first_tokens))
@@ -156,48 +173,13 @@ class EngineNumbers:
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
-        loads = self.loads
-        yield _gauge(
-            "vllm:num_requests_running", "Being answered.", {name: load.running for name, load in loads.items()}
-        )
-        yield _gauge("vllm:num_requests_waiting", "In the queue.", {name: load.waiting for name, load in loads.items()})
-        yield _gauge(
-            "vllm:kv_cache_usage_perc",
-            "Share of the key-value memory, which all experts have in common; 1 is all of it.",
-            {name: load.kv for name, load in loads.items()},
-        )
-        yield _counter(
-            "vllm:prefix_cache_queries",
-            "Prompt tokens looked up among the cached.",
-            {name: load.queries for name, load in loads.items()},
-        )
-        yield _counter("vllm:prefix_cache_hits", "Those found.", {name: load.hits for name, load in loads.items()})
-        yield _counter(
-            "vllm:num_preemptions",
-            "Requests that gave way for memory.",
-            {name: load.preemptions for name, load in loads.items()},
-        )
-        yield _gauge(
-            "modelglue_expert_resident",
-            "1 when the weights are where they compute.",
-            {name: load.resident for name, load in loads.items()},
-        )
-        yield _gauge(
-            "modelglue_expert_ready",
-            "1 when the expert can answer.",
-            {name: status.state == "ready" for name, status in self.states.items()},
-        )
+        for family, name, what, number in OF_LOADS:
+            yield _filled(family(name, what, labels=EXPERT), {each: number(load) for each, load in self.loads.items()})
+        ready = {name: status.state == "ready" for name, status in self.states.items()}
+        yield _filled(GaugeMetricFamily("modelglue_expert_ready", "1 when it can answer.", labels=EXPERT), ready)
 
 
-def _gauge(name: str, what: str, values: Mapping[str, float]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, what, labels=EXPERT)
-    for expert, value in values.items():
-        family.add_metric([expert], value)
-    return family
-
-
-def _counter(name: str, what: str, values: Mapping[str, float]) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, what, labels=EXPERT)
+def _filled(family: Family, values: Mapping[str, float]) -> Family:
     for expert, value in values.items():
         family.add_metric([expert], value)
     return family

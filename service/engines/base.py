@@ -44,6 +44,10 @@ class UnsupportedError(ModelGlueError):
         self.param = param
 
 
+Failure = EngineError | UnsupportedError
+"""Why an answer ends before it is whole: the expert's fault, or the request's own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a chat."""
@@ -142,10 +146,14 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How many tokens a prompt had, and how many of them were not computed anew."""
+    """How many tokens a prompt had, and how many of them were not computed anew.
+
+    queued: seconds until its first token was computed, where the engine knows.
+    """
 
     prompt: int
     cached: int = 0
+    queued: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +184,8 @@ class Load:
     """What an expert is doing, and has done. kv: the share of the engine's key-value memory that it holds, 0 to 1.
 
     queries, hits: prompt tokens looked up among the cached ones, and found. preemptions: requests that gave way for
-    memory and were computed again. resident: whether its weights are where they compute.
+    memory and were computed again. evictions: times that its weights made room for others'. resident: whether they are
+    where they compute.
     """
 
     running: int = 0
@@ -185,6 +194,7 @@ class Load:
     queries: int = 0
     hits: int = 0
     preemptions: int = 0
+    evictions: int = 0
     resident: bool = True
 
 
@@ -229,7 +239,7 @@ class Engine(Protocol):
         ...
 
     def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
-        """The answer in pieces, the last with a finish. Raises EngineError when the expert fails in mid-answer."""
+        """The answer in pieces, the last with a finish. Raises a Failure."""
         ...
 
     def decode(self, expert: str, ids: Sequence[int]) -> str:

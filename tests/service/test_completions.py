@@ -268,12 +268,35 @@ def test_a_slow_answer_is_waited_for_no_longer_than_patience(router: PromptRoute
         completion = await start(requests, router, engine, Metrics(router.experts), Sessions(), patience=0.01)
         found: list[bool] = []
         async for came in completion.pieces(idle=0.1):
-            found.append(came is None)
+            found.append(not came)
             if found[-3:] == [True] * 3:
                 engine.gate.release()
         return found
 
     assert asyncio.run(silences()) == [True] * 3 + [False] + [True] * 3 + [False]
+
+
+def test_pieces_that_wait_for_their_reader_come_at_once(router: PromptRouter) -> None:
+    engine = Held(router.experts)
+
+    async def read() -> list[list[str]]:
+        completion = await start(
+            [Request("one two three four", Sampling(4))],
+            router,
+            engine,
+            Metrics(router.experts),
+            Sessions(),
+            patience=0.01,
+        )
+        engine.gate.release()
+        found = [await anext(pieces := completion.pieces())]
+        for _ in range(3):
+            engine.gate.release()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        return [[piece.text for _, piece in came] for came in [*found, *[came async for came in pieces]]]
+
+    assert asyncio.run(read()) == [["one"], [" two", " three", " four"]]
 
 
 def test_who_answers_a_session_is_remembered(router: PromptRouter) -> None:

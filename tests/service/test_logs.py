@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,7 +16,7 @@ from serving import serve, wait_until
 
 from routers.bundle import Bundle
 from service.app import create_app
-from service.engines.base import BusyError, Job, Load, Prompt, Sampling, Status
+from service.engines.base import BusyError, Job, Load, Piece, Prompt, Sampling, Status
 from service.engines.echo import EchoEngine
 from service.logs import JsonLines
 from service.tracing import tracer
@@ -33,7 +35,7 @@ class Loaded(EchoEngine):
     """Tells a load."""
 
     def load(self) -> dict[str, Load]:
-        return {name: Load(2, 3, 0.25, 100, 40, 1, name != "math") for name in super().status()}
+        return {name: Load(2, 3, 0.25, 100, 40, 1, 5, name != "math") for name in super().status()}
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +143,7 @@ def test_metrics_show_what_the_engine_counts(bundle: Bundle) -> None:
         "vllm:prefix_cache_queries_total": 100,
         "vllm:prefix_cache_hits_total": 40,
         "vllm:num_preemptions_total": 1,
+        "modelglue_expert_evictions_total": 5,
         "modelglue_expert_resident": 1,
     }.items():
         assert values[f'{name}{{model_name="code"}}'] == value
@@ -156,6 +159,21 @@ def test_metrics_show_what_was_asked_for_and_how_long_it_took(client: TestClient
     assert values['vllm:request_decode_time_seconds_count{model_name="code"}'] == 2
     assert values['vllm:request_time_per_output_token_seconds_count{model_name="code"}'] == 2
     assert values['modelglue_http_requests_total{endpoint="/v1/completions",status="200"}'] == 1
+
+
+def test_metrics_tell_waiting_from_reading_where_the_engine_does(bundle: Bundle) -> None:
+    class Queued(EchoEngine):
+        async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+            await asyncio.sleep(0.03)
+            async for piece in super().generate(job):
+                yield replace(piece, usage=piece.usage and replace(piece.usage, queued=0.01))
+
+    with TestClient(create_app(bundle, Queued(bundle.router.experts))) as client:
+        client.post("/v1/completions", json=BODY)
+        values = numbers(client)
+    of = '_seconds_sum{model_name="code"}'
+    assert values[f"vllm:request_queue_time{of}"] == 0.01
+    assert values[f"vllm:request_prefill_time{of}"] == pytest.approx(values[f"vllm:time_to_first_token{of}"] - 0.01)
 
 
 def test_metrics_show_how_long_an_expert_took_to_load(bundle: Bundle) -> None:

@@ -19,6 +19,7 @@ from service.engines.base import (
     About,
     BusyError,
     EngineError,
+    Failure,
     Job,
     Load,
     NotReadyError,
@@ -155,7 +156,7 @@ class LocalEngine:
                 if waits:
                     self._waiting[job.expert] -= 1
                     waits = False
-                if isinstance(news, EngineError):
+                if isinstance(news, Failure):
                     raise news
                 if piece := answer.add(news):
                     yield piece
@@ -271,7 +272,7 @@ class _Answer:
         self._count, self._scored, self._prompt = 0, (), ()
         if news.finish is None:
             return piece
-        usage = Usage(len(self._job.tokens), news.cached)
+        usage = Usage(len(self._job.tokens), news.cached, news.queued)
         return replace(piece, text=text + self._text.rest(), finish=news.finish, usage=usage)
 
     def _score(self, pick: Pick) -> Scored:

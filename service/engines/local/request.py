@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from service.engines.base import EngineError, Finish, Job
+from service.engines.base import Failure, Finish, Job
 from service.engines.local.forward import Segment
 from service.engines.local.memory import Page, Shelf
 from service.engines.local.ops import PAGE
@@ -27,15 +27,16 @@ class Prompted:
 class Token:
     """One token of an answer, if there was one to pick; with a finish it is the last, and with "stop" it is no text.
 
-    cached: how many of the prompt's tokens were not computed anew.
+    cached: how many of the prompt's tokens were not computed anew. queued: seconds until the first was computed.
     """
 
     pick: Pick | None
     finish: Finish | None
     cached: int = 0
+    queued: float = 0.0
 
 
-News = Token | Prompted | EngineError
+News = Token | Prompted | Failure
 
 
 @dataclass(eq=False, slots=True)
@@ -91,7 +92,10 @@ class Context:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A job and its reader's inbox: tokens up to one with a finish, or an error."""
+    """A job and its reader's inbox: tokens up to one with a finish, or a failure.
+
+    came: when it was submitted, by time.monotonic; queued: seconds from then until it was let in for the first time.
+    """
 
     job: Job
     row: Row
@@ -99,6 +103,8 @@ class Request:
     contexts: list[Context] = field(default_factory=list)
     count: int = 0
     cached: int = 0
+    came: float = 0.0
+    queued: float = 0.0
     arrival: int = 0
     preempted: int = 0
     cancelled: bool = False
@@ -120,4 +126,4 @@ class Request:
         for context in self.contexts:
             context.tokens.append(pick.id)
         self.over = finish is not None
-        return Token(pick, finish, self.cached)
+        return Token(pick, finish, self.cached, self.queued)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.engines.base import EngineError, Sampling, UnsupportedError
+from service.engines.base import EngineError, Failure, Sampling, UnsupportedError
 from service.engines.local.guides import Matcher
 
 BLOCK = 256
@@ -117,9 +117,13 @@ class _Seen:
         self.counts[place] += 1
 
 
-def pick(rows: Sequence[Row], logits_BV: Tensor) -> list[Pick | EngineError]:
-    """The next token of every row, which the row then goes on with; an EngineError where there is none to pick."""
+def pick(rows: Sequence[Row], logits_BV: Tensor) -> list[Pick | Failure]:
+    """The next token of every row, which the row then goes on with, or why there is none to pick.
+
+    An UnsupportedError where the request itself leaves none, an EngineError where the model or the guide does.
+    """
     raw_BV = logits_BV.float()
+    errors: dict[int, Failure]
     scores_BV, errors = (raw_BV, {}) if all(row.plain for row in rows) else _changed(rows, raw_BV)
     ids_B = _best(scores_BV)
     errors = _without_pick(raw_BV, _at(scores_BV, ids_B)) | errors
@@ -169,15 +173,16 @@ def prompt_scores(logits_SV: Tensor, ids_S: Sequence[int], top: int) -> list[Pic
     return picks
 
 
-def _without_pick(raw_BV: Tensor, peaks_B: Tensor) -> dict[int, EngineError]:
+def _without_pick(raw_BV: Tensor, peaks_B: Tensor) -> dict[int, Failure]:
     """The rows that have no token to pick: the model's logits are no numbers, or all were ruled out."""
-    errors: dict[int, EngineError] = {}
+    errors: dict[int, Failure] = {}
     checks = torch.stack((raw_BV.amax(-1).isfinite(), peaks_B.isfinite()), -1).tolist()
     for b, (sound, possible) in enumerate(checks):
         if not sound:
             errors[b] = EngineError("the expert's logits are not finite")
         elif not possible:
-            errors[b] = EngineError("min_tokens, logit_bias and response_format together rule every token out")
+            told = "min_tokens, logit_bias and response_format together rule every token out: leave one of them out"
+            errors[b] = UnsupportedError(told, "min_tokens")
     return errors
 
 
@@ -194,7 +199,7 @@ def _pairs(values: dict[int, float]) -> Pairs:
 # What changes the logits, in this order.
 
 
-def _changed(rows: Sequence[Row], raw_BV: Tensor) -> tuple[Tensor, dict[int, EngineError]]:
+def _changed(rows: Sequence[Row], raw_BV: Tensor) -> tuple[Tensor, dict[int, Failure]]:
     """The logits after penalties, biases and guides, and the rows whose guide failed."""
     scores_BV = raw_BV.clone()
     _penalise(rows, scores_BV)
@@ -234,9 +239,9 @@ def _places(some: Sequence[tuple[int, NDArray[np.int64]]], device: torch.device)
     return torch.from_numpy(rows_I).to(device), torch.from_numpy(ids_I).to(device)
 
 
-def _apply_guides(rows: Sequence[Row], scores_BV: Tensor) -> dict[int, EngineError]:
+def _apply_guides(rows: Sequence[Row], scores_BV: Tensor) -> dict[int, Failure]:
     some = [(b, row.matcher) for b, row in enumerate(rows) if row.matcher is not None]
-    errors: dict[int, EngineError] = {}
+    errors: dict[int, Failure] = {}
     if not some:
         return errors
     device, vocabulary = scores_BV.device, scores_BV.shape[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
@@ -16,14 +17,14 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from service.engines.base import EngineError, Load
+from service.engines.base import EngineError, Load, UnsupportedError
 from service.engines.local import ops
 from service.engines.local.expert import Expert
 from service.engines.local.lane import Lane, Part
 from service.engines.local.memory import Memory
 from service.engines.local.request import Context, News, Prompted, Request, Token
 from service.engines.local.residence import Residence, Tell
-from service.engines.local.sampler import blend, pick, prompt_scores
+from service.engines.local.sampler import Pick, blend, pick, prompt_scores
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Worker:
         with self._change:
             if self.failure:
                 raise EngineError(self.failure)
-            request.arrival = next(self._arrivals)
+            request.arrival, request.came = next(self._arrivals), time.monotonic()
             self._arrived.append(request)
             self._woken = True
             self._change.notify()
@@ -217,7 +218,7 @@ class Worker:
             lane.queries += len(context.tokens)
             lane.hits += context.computed
         if not request.count:
-            request.cached = request.contexts[0].computed
+            request.cached, request.queued = request.contexts[0].computed, time.monotonic() - request.came
         return True
 
     def _step(self, lane: Lane, budget: int) -> int:
@@ -275,7 +276,7 @@ class Worker:
             return []
         if not request.most:
             request.over = True
-            news.append((request, Token(None, "length", request.cached)))
+            news.append((request, Token(None, "length", request.cached, request.queued)))
             self._end(request)
             return []
         context.logits_V = logits_RV[-1]
@@ -291,11 +292,12 @@ class Worker:
             return
         picks = pick([request.row for request, _ in ready], torch.stack([logits_V for _, logits_V in ready]))
         for (request, _), found in zip(ready, picks, strict=True):
-            if isinstance(found, EngineError):
-                news.append((request, EngineError(f"{request.job.expert} failed: {found}")))
-                request.over = True
-            else:
+            if isinstance(found, Pick):
                 news.append((request, request.take(found)))
+            else:
+                own = isinstance(found, UnsupportedError)
+                news.append((request, found if own else EngineError(f"{request.job.expert} failed: {found}")))
+                request.over = True
             if request.over:
                 self._end(request)
 
@@ -330,5 +332,5 @@ def _of(lane: Lane) -> list[Request]:
 def _load(lane: Lane) -> Load:
     memory = lane.memory
     held = lane.shelf.in_use * lane.shelf.page / (memory.chunks * memory.chunk)
-    counts = (lane.queries, lane.hits, lane.preemptions)
+    counts = (lane.queries, lane.hits, lane.preemptions, lane.evictions)
     return Load(len(lane.running), len(lane.waiting), held, *counts, resident=lane.model is not None)

@@ -142,6 +142,26 @@ def test_who_waits_is_served_in_turn_or_leaves_at_once(llama: Path) -> None:
     asyncio.run(wait())
 
 
+def test_a_request_is_told_how_long_it_waited(llama: Path) -> None:
+    async def wait() -> None:
+        async with serving({"llama": llama}, most=1) as engine:
+            running = engine.generate(engine.prepare({"llama": 1.0}, "the owl", greedy(480)))
+            await anext(running)
+            came = time.monotonic()
+            waiting = asyncio.create_task(read(engine.generate(engine.prepare({"llama": 1.0}, "a", greedy(3)))))
+            await until(lambda: traffic(engine, "llama") == (1, 1))
+            begun = time.monotonic()
+            await asyncio.sleep(0.05)
+            waited = time.monotonic() - begun
+            await running.aclose()
+            usage = (await waiting)[-1].usage
+            assert usage is not None
+            assert usage.queued is not None
+            assert waited <= usage.queued <= time.monotonic() - came
+
+    asyncio.run(wait())
+
+
 def test_too_long_a_prompt_is_refused_with_the_numbers(llama: Path) -> None:
     async def ask() -> None:
         async with serving({"llama": llama}) as engine:

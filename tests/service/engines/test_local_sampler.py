@@ -295,7 +295,10 @@ class TestFailures:
     def test_a_row_with_nothing_left_to_pick_says_so(self) -> None:
         logits = torch.full((1, 10), -INF)
         logits[0, EOS] = 0.0
-        assert "rule every token out" in str(pick([row(replace(GREEDY, min_tokens=1), vocabulary=10)], logits)[0])
+        (found,) = pick([row(replace(GREEDY, min_tokens=1), vocabulary=10)], logits)
+        assert isinstance(found, UnsupportedError)
+        assert found.param == "min_tokens"
+        assert "rule every token out" in str(found)
 
 
 class TestLogprobs:

@@ -99,6 +99,16 @@ def test_where_the_routed_expert_fails_the_next_one_answers(service: Hosted) -> 
     assert (answer.json()["model"], answer.headers["x-route-reason"]) == ("math", "fallback")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_rules_every_token_out_is_refused_and_tried_nowhere_else(service: Hosted, stream: bool) -> None:
+    impossible = {"stop_token_ids": list(range(2000)), "min_tokens": 2, "max_tokens": 3, "stream": stream}
+    refused = post(service, model="auto", prompt="math", **impossible)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert (error["param"], error["code"]) == ("min_tokens", "unsupported_value")
+    wait_until(lambda: idle(service))
+
+
 def test_a_dead_device_thread_fails_readiness_and_all_requests_at_once(folders: dict[str, Path]) -> None:
     async def ask(url: str) -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=url, timeout=10) as client:
