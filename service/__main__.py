@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -35,9 +35,6 @@ from service.routelog import MOST_ROWS, RouteLog
 from service.server import address, listen, run
 from service.sessions import Sessions
 from service.settings import LOCAL_HOSTS, Dtype, LogFormat, LogLevel, Settings, SettingsError
-
-if TYPE_CHECKING:
-    pass
 
 ASK_TOKENS: Final = 64
 POLL_SECONDS: Final = 0.1
@@ -67,6 +64,14 @@ def serve(
             "loaded. May be given again; in the environment with spaces between.",
             "EXPERT",
         ),
+    ] = None,
+    expert_key: Annotated[
+        list[str] | None,
+        option("The environment variable with the key of an expert's server, NAME=VARIABLE.", "EXPERT_KEY"),
+    ] = None,
+    expert_window: Annotated[
+        list[str] | None,
+        option("Tokens that an expert's server takes, NAME=TOKENS, if it does not tell.", "EXPERT_WINDOW"),
     ] = None,
     max_batch: Annotated[int, option("Requests of an expert that run at a time.", "MAX_BATCH", min=1)] = 64,
     queue: Annotated[int, option("Requests of an expert that may wait; more get 429.", "QUEUE", min=1)] = 256,
@@ -138,7 +143,7 @@ def serve(
     if bundle is None:
         raise SettingsError("which bundle? Say --bundle and the folder that `builder build` wrote")
     manifest = bundles.read_manifest(bundle)
-    remotes = choices.remotes(expert or (), manifest.names)
+    remotes = choices.remotes(expert or (), manifest.names, keys=expert_key or (), windows=expert_window or ())
     serve_with(
         Settings(
             bundle=bundle,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -87,8 +87,14 @@ class Settings:
     trace: bool = False
 
 
-def remotes(said: Sequence[str], experts: Sequence[str]) -> dict[str, Remote]:
-    """The experts that other servers run, from NAME=URL[#MODEL]. Raises SettingsError or RemoteError."""
+def remotes(
+    said: Sequence[str], experts: Sequence[str], *, keys: Sequence[str] = (), windows: Sequence[str] = ()
+) -> dict[str, Remote]:
+    """The experts that other servers run, from NAME=URL[#MODEL].
+
+    keys: NAME=VARIABLE, where the environment has the server's key. windows: NAME=TOKENS, of servers that do not tell.
+    Raises SettingsError or RemoteError.
+    """
     found: dict[str, Remote] = {}
     for each in said:
         name, remote = Remote.parse(each)
@@ -96,6 +102,12 @@ def remotes(said: Sequence[str], experts: Sequence[str]) -> dict[str, Remote]:
             raise SettingsError(f"--expert has {name} twice: an expert is in one place")
         found[name] = remote
     _check_known("--expert", found, experts)
+    for name, variable in _named("--expert-key", keys, found):
+        found[name] = replace(found[name], api_key=variable)
+    for name, tokens in _named("--expert-window", windows, found):
+        if not tokens.isdecimal() or not int(tokens):
+            raise SettingsError(f"--expert-window says {tokens!r} of {name}: write a number of tokens")
+        found[name] = replace(found[name], window=int(tokens))
     return found
 
 
@@ -118,6 +130,17 @@ def kinds(said: Sequence[str], local: Sequence[str]) -> dict[str, Kind]:
 def size(gigabytes: float | None) -> int | None:
     """In bytes."""
     return None if gigabytes is None else int(gigabytes * GIGABYTE)
+
+
+def _named(option: str, said: Sequence[str], remotes: Mapping[str, Remote]) -> Iterator[tuple[str, str]]:
+    """The values of an option for experts that are elsewhere. Raises SettingsError."""
+    for each in said:
+        name, _, value = each.partition("=")
+        if name not in remotes:
+            raise SettingsError(f"{option} {each!r} is of no expert that --expert names: write NAME=VALUE")
+        if not value:
+            raise SettingsError(f"{option} {each!r} says nothing of {name}: write NAME=VALUE")
+        yield name, value
 
 
 def _check_known(option: str, named: Mapping[str, object], experts: Sequence[str]) -> None:

@@ -39,6 +39,30 @@ def test_experts_may_be_elsewhere() -> None:
     }
 
 
+def test_the_key_of_a_server_is_in_the_environment_and_its_window_may_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = choices.remotes(
+        ["code=http://a:1", "math=http://b:1"], EXPERTS, keys=["code=THEIR_KEY"], windows=["code=4096"]
+    )
+    assert (found["code"].api_key, found["code"].window) == ("THEIR_KEY", 4096)
+    assert (found["math"].api_key, found["math"].window) == (None, None)
+    monkeypatch.setenv("THEIR_KEY", "secret")
+    assert found["code"].headers() == {"authorization": "Bearer secret"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows", "message"),
+    [
+        (["math=KEY"], [], "--expert-key 'math=KEY' is of no expert that --expert names"),
+        (["code"], [], "--expert-key 'code' says nothing of code"),
+        ([], ["code=many"], "--expert-window says 'many' of code"),
+        ([], ["code=0"], "--expert-window says '0' of code"),
+    ],
+)
+def test_what_is_said_of_a_server_has_to_fit(keys: list[str], windows: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        choices.remotes(["code=http://a:1"], EXPERTS, keys=keys, windows=windows)
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [

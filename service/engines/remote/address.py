@@ -38,7 +38,9 @@ class Remote:
         if not usable:
             raise RemoteError(f"{self.url!r} is not the address of a server: write http://HOST:PORT")
         if parts.username is not None:
-            raise RemoteError("an address holds no password: put the key into an environment variable")
+            raise RemoteError(
+                "an address holds no password: put the key into an environment variable, and name it with --expert-key"
+            )
         if parts.query or parts.fragment:
             raise RemoteError(f"{self.url!r} ends in more than a path: write http://HOST:PORT")
 

@@ -324,7 +324,9 @@ class Server:
             window = await self._llamacpp_window(card)
         window = window or self._remote.window
         if window is None:
-            raise Unhealthy("failed", f"its server tells no window for {card.id}: say how many tokens it takes")
+            raise Unhealthy(
+                "failed", f"its server tells no window for {card.id}: --expert-window says how many tokens it takes"
+            )
         return Served(card.id, window, card.owned_by or "")
 
     def _card(self, response: httpx.Response) -> Card:
