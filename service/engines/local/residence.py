@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from service.engines.base import EngineError, Status
+from service.engines.local import room
 from service.engines.local.forward import Model
 from service.engines.local.lane import Lane
 from service.engines.local.request import Request
@@ -109,6 +110,7 @@ class Residence:
             found: Model | Exception = lane.expert.load(progress)
         except Exception as exc:  # transformers raises whatever it meets in the folder
             found = exc
+        room.give_back()
         self._come.append((lane, found))
         self._wake()
 

@@ -1,7 +1,8 @@
-"""How much memory this process may still take."""
+"""How much memory this process may still take, and what it gives back."""
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import psutil
@@ -30,3 +31,9 @@ def free(group: Path = GROUP) -> int:
     except (OSError, ValueError):  # no control group of version 2
         return available
     return min(available, max(int(most) - used, 0)) if most.isdecimal() else available
+
+
+def give_back() -> None:
+    """Let the system have what was freed: glibc keeps it, and loading a model frees as much again as it keeps."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import psutil
@@ -28,3 +29,17 @@ def test_a_containers_limit_counts_before_the_machines(
 
 def test_keys_and_values_take_a_part_of_what_is_free() -> None:
     assert 0 < room.for_keys_and_values(torch.device("cpu")) <= min(room.MOST, room.free())
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this is for glibc")
+def test_what_was_freed_is_given_back_to_the_system() -> None:
+    kept, freed = [], []
+    for _ in range(1000):  # small enough for the heap, of which only the end goes back by itself
+        freed.append(torch.ones(16_000))
+        kept.append(torch.ones(16))
+    process = psutil.Process()
+    before = process.memory_info().rss
+    freed.clear()
+    room.give_back()
+    assert before - process.memory_info().rss > 32_000_000
+    assert sum(float(each.sum()) for each in kept) == 16_000
