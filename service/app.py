@@ -22,7 +22,7 @@ from service import record as records
 from service.access import Access, Gate
 from service.api import MAX_BODY, PAGES, PATIENCE, Api
 from service.docs import Docs
-from service.ending import LAST_WORDS, Deadline, Drain
+from service.ending import BODY_SECONDS, LAST_WORDS, Deadline, Drain, Upload
 from service.engines.base import Engine
 from service.errors import CLIENT_LEFT
 from service.events import HEARTBEAT
@@ -51,6 +51,7 @@ def create_app(
     tell: Sequence[Tell] = (),
     cors: Sequence[str] = (),
     deadline: float | None = None,
+    upload: float = BODY_SECONDS,
     max_body: int = MAX_BODY,
     patience: float = PATIENCE,
     heartbeat: float = HEARTBEAT,
@@ -58,8 +59,8 @@ def create_app(
 ) -> FastAPI:
     """The service over a bundle and an engine, which starts and ends with the app; so does the route log.
 
-    access: None takes everybody. tell: who else hears of every request. cors: origins; `*` is any. deadline: seconds.
-    `app.state.reload` reads the router again.
+    access: None takes everybody. tell: who else hears of every request. cors: origins; `*` is any. deadline,
+    upload: seconds, of a whole request and of a body's next bytes. `app.state.reload` reads the router again.
     """
     drain, served = drain or Drain(), Served(bundle)
     requests: set[asyncio.Task[None]] = set()
@@ -94,6 +95,7 @@ def create_app(
     for each in (*endpoints, Docs(endpoints).endpoints()):
         app.include_router(each)
     # What is added last comes first.
+    app.add_middleware(Upload, seconds=upload)
     if deadline is not None:
         app.add_middleware(Deadline, seconds=deadline)
     app.add_middleware(Gate, access=access, drain=drain, public=frozenset({*PAGES, "/docs", "/openapi.json"}))

@@ -96,9 +96,8 @@ class Requests:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = record.id
-            elif message["type"] == "http.response.body":
-                whole = not message.get("more_body", False)
             await send(message)
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         task = asyncio.current_task()
         assert task is not None
