@@ -157,7 +157,7 @@ def test_a_request_within_its_deadline_is_untouched(bundle: Bundle) -> None:
         assert client.post("/v1/completions", json=STREAM).text.endswith("data: [DONE]\n\n")
 
 
-@pytest.mark.parametrize("limit", [{"deadline": 0.2}, {"upload": 0.2}])
+@pytest.mark.parametrize("limit", [{"deadline": 0.5}, {"upload": 0.5}])
 def test_a_body_that_does_not_come_is_408(bundle: Bundle, limit: dict[str, float]) -> None:
     app = create_app(bundle, EchoEngine(bundle.router.experts), **limit)  # type: ignore[arg-type]
     with serve(app) as (url, _), socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
@@ -206,7 +206,7 @@ def test_a_head_that_is_too_large_is_refused(folder: Path) -> None:
         assert connection.recv(9999).startswith(b"HTTP/1.1 400 ")
 
 
-@pytest.mark.parametrize(("deadline", "unread", "status"), [(0.5, 60, 504), (None, 0.5, 499)])
+@pytest.mark.parametrize(("deadline", "unread", "status"), [(3, 60, 504), (None, 1, 499)])
 def test_a_reader_that_stands_still_does_not_hold_its_answer_for_ever(
     bundle: Bundle, caplog: pytest.LogCaptureFixture, deadline: float | None, unread: float, status: int
 ) -> None:
@@ -221,5 +221,5 @@ def test_a_reader_that_stands_still_does_not_hold_its_answer_for_ever(
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         wait_until(lambda: engine.running > 0)
-        wait_until(lambda: f" {status} " in caplog.text)
+        wait_until(lambda: f" {status} " in caplog.text, seconds=30)
     assert (engine.running, engine.finished) == (0, 100)
