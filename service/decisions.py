@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from routers.features import Features, TokenEmbeddings
-from routers.policy import NO_LIMITS, Limits, Route
+from routers.policy import NO_LIMITS, Limits, Route, pin
 from routers.prompt import AUTO, PromptRouter, Pull
 from service import sessions as keys
 from service.engines.base import Engine, EngineError, NotReadyError, Prompt, Sampling, Tokens
@@ -86,7 +86,7 @@ def decide(request: Request, router: PromptRouter, engine: Engine, sessions: Ses
     began = time.perf_counter()
     session, past = _session(request)
     if request.model not in POLICIES:
-        route = router.route("", model=request.model)
+        route = pin(router.experts, request.model, POLICIES)
         _check_alone(request.limits)
         text, limits = text_to_route(request.prompt, router, engine, pinned=True), request.limits
     else:

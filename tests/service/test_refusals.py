@@ -270,7 +270,7 @@ def test_a_model_that_is_not_there(client: TestClient) -> None:
         failure(client.get("/v1/models/some/where"), 404),
     ):
         assert error["code"] == "model_not_found"
-        assert "there are: auto, math, code, story" in error["message"]
+        assert "there are: auto, auto:best, auto:cheap, math, code, story" in error["message"]
 
 
 def test_a_model_that_embeds_nothing(client: TestClient) -> None:
