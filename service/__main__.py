@@ -22,7 +22,7 @@ from routers.prompt import PromptRouter
 from service import logs, tracing
 from service import settings as choices
 from service.access import Access, new_key
-from service.app import create_app
+from service.app import create_app, settled
 from service.completions import start
 from service.decisions import Decision, Request, evidence
 from service.ending import Drain
@@ -36,7 +36,6 @@ from service.sessions import Sessions
 from service.settings import LOCAL_HOSTS, Dtype, LogFormat, LogLevel, Settings, SettingsError
 
 ASK_TOKENS: Final = 64
-POLL_SECONDS: Final = 0.1
 RELOAD_SECONDS: Final = 60.0
 DEFAULTS: Final = Settings(Path())
 
@@ -274,9 +273,8 @@ def engine_of(settings: Settings, read: Bundle) -> Engine:
 
 async def answer_all(prompts: Sequence[str], router: PromptRouter, engine: Engine) -> None:
     """Print the prompts with their answers, once no expert is loading any more."""
-    # An engine loads in threads of its own and has no event to wait for.
-    while any(status.state == "loading" for status in engine.status().values()):  # noqa: ASYNC110
-        await asyncio.sleep(POLL_SECONDS)
+    async for _ in settled(engine):
+        pass
     for prompt in prompts:
         say(f"\n> {prompt}\n", style="bold")
         try:
