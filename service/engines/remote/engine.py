@@ -71,8 +71,7 @@ class RemoteEngine:
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
         """A text's tokens, and a chat's, are the server's to count; max_tokens of the whole window is what is left."""
         expert = next(iter(experts))
-        if len(experts) > 1:
-            raise UnsupportedError(f"{' and '.join(experts)} cannot be mixed: other servers run them", "k")
+        self.check_mix(list(experts))
         server = self._servers[expert]
         served = server.served()
         server.make_room()
@@ -97,6 +96,16 @@ class RemoteEngine:
                         yield self._counted(job, piece)
             if piece := reading.end():
                 yield self._counted(job, piece)
+
+    def check_mix(self, experts: Sequence[str]) -> None:
+        if len(experts) > 1:
+            raise UnsupportedError(f"{' and '.join(experts)} cannot be mixed: other servers run them", "k")
+
+    def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:
+        """Raises UnsupportedError for what is not tokens already."""
+        if isinstance(prompt, Tokens):
+            return prompt.ids
+        raise UnsupportedError(f"only {expert}'s server has its tokenizer: ask it there", "model")
 
     def decode(self, expert: str, ids: Sequence[int]) -> str:
         """Raises UnsupportedError: asking the server would take a wait, which there is none for here."""
