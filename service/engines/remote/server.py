@@ -233,7 +233,7 @@ class Server:
             if len(body) > LONGEST_REFUSAL:
                 break
         failure = refusal(self._expert, response, body)
-        if response.status_code == 404:  # it may serve another model by now
+        if response.status_code == 404 and isinstance(failure, EngineError):  # it may serve another model by now
             self._health = Status("loading", "its server is asked anew what it serves")
             self._served = None
         forbidden = response.headers.get("x-should-retry") == "false"

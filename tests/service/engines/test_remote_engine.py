@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -39,6 +40,7 @@ from service.engines.echo import EchoEngine
 from service.engines.remote import Patience, Remote, RemoteEngine, RemoteError
 from service.engines.remote.breaker import Breaker
 from service.engines.remote.events import Event, Events
+from service.engines.remote.refusals import LONGEST_WAIT, retry_after
 from service.engines.several import SeveralEngines
 
 Json = dict[str, Any]
@@ -751,6 +753,31 @@ async def test_the_wait_that_a_server_asks_for_is_kept(upstream: Upstream, url: 
         assert loop.time() - began >= 0.08
 
 
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after-ms": "1500"}, 1.5),
+        ({"retry-after-ms": "1500", "retry-after": "7"}, 1.5),
+        ({"retry-after": "0"}, 0),
+        ({"retry-after": "2.5"}, 2.5),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0),
+        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, LONGEST_WAIT),
+        ({"retry-after": "99999999"}, LONGEST_WAIT),
+        ({"retry-after-ms": "1e300"}, LONGEST_WAIT),
+        ({"retry-after-ms": "inf", "retry-after": "7"}, 7),
+        ({"retry-after-ms": "nan"}, None),
+        ({"retry-after-ms": "-5"}, None),
+        ({"retry-after": "9" * 400}, None),
+        ({"retry-after": "-inf"}, None),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:00 +99999999999999999999"}, None),
+        ({"retry-after": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_a_wait_is_a_number_of_seconds_up_to_an_hour(headers: dict[str, str], seconds: float | None) -> None:
+    assert retry_after(httpx.Headers(headers)) == seconds
+
+
 @in_loop
 async def test_a_server_that_forbids_another_try_is_not_tried_again(upstream: Upstream, url: str) -> None:
     upstream.refuses(503, x_should_retry="false")
@@ -931,6 +958,61 @@ async def test_a_server_without_health_is_asked_for_its_models(upstream: Upstrea
         assert engine.status()["owl"].state == "ready"
         upstream.models[0]["max_model_len"] = 32
         await until(lambda: engine.about("owl").window == 32)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "gone", "code": "model_not_found"},
+        {"message": "gone", "param": "model", "code": None},
+        {"message": "The model `tiny` does not exist.", "type": "NotFoundError", "param": None, "code": 404},
+        {"message": "model is not found", "type": "not_found_error", "code": 404},
+    ],
+)
+@in_loop
+async def test_a_server_that_says_that_its_model_is_not_there_is_not_ready(
+    upstream: Upstream, url: str, error: Json
+) -> None:
+    upstream.refuses(404, {"error": error})
+    async with running(url, every=60) as engine:
+        failed = await failure(engine)
+        assert isinstance(failed, EngineError)
+        assert engine.status()["owl"].state == "loading"
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, {"detail": "Not Found"}),
+        (404, {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}}),
+        (404, "<html>"),
+        (
+            404,
+            {
+                "error": {
+                    "message": "This is not a chat model and thus not supported in the v1/chat/completions endpoint.",
+                    "param": "model",
+                    "code": None,
+                }
+            },
+        ),
+        (405, {"detail": "Method Not Allowed"}),
+        (501, {"error": {"message": "This server does not support chats", "type": "not_supported_error"}}),
+    ],
+)
+@in_loop
+async def test_a_server_without_an_endpoint_refuses_those_who_need_it_and_serves_the_others(
+    upstream: Upstream, url: str, status: int, body: object
+) -> None:
+    upstream.refuses(status, body)
+    upstream.streams(*HELLO)
+    async with running(url, every=60, failures=1) as engine:
+        failed = await failure(engine, CHAT)
+        assert isinstance(failed, UnsupportedError)
+        assert "owl's server has no /v1/chat/completions" in str(failed)
+        assert failed.param == "messages"
+        assert engine.status()["owl"].state == "ready"
+        assert len(await read(engine)) == 2
 
 
 @in_loop
