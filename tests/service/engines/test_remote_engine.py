@@ -903,6 +903,32 @@ class TestBreaker:
         self.fail(breaker, answering=True)
         assert "boom" in breaker.refusal
 
+    def test_a_try_that_answers_for_long_does_not_keep_the_next_one_from_trying(
+        self, breaker: Breaker, now: list[float]
+    ) -> None:
+        self.fail(breaker)
+        self.fail(breaker)
+        now[0] = 11
+        with breaker.attempt():
+            breaker.answered()
+            self.fail(breaker)
+            assert breaker.refusal
+            now[0] = 22
+            assert not breaker.refusal
+
+    def test_a_try_that_ends_late_does_not_let_a_second_one_try(self, breaker: Breaker, now: list[float]) -> None:
+        self.fail(breaker)
+        self.fail(breaker)
+        now[0] = 11
+        late = breaker.attempt()
+        late.__enter__()
+        breaker.answered()
+        self.fail(breaker)
+        now[0] = 22
+        with breaker.attempt():
+            late.__exit__(GeneratorExit, GeneratorExit(), None)
+            assert "being tried now" in breaker.refusal
+
     def test_a_try_that_is_left_lets_the_next_one_try(self, breaker: Breaker, now: list[float]) -> None:
         self.fail(breaker)
         self.fail(breaker)
