@@ -14,7 +14,10 @@ from service.engines.remote.events import DONE, Event
 UNKNOWN: Final = -1
 """A token's id where the server tells only its text."""
 
-FINISHES: Final[dict[str, Finish]] = {"stop": "stop", "length": "length"}
+FINISHES: Final[dict[str, Finish]] = {"stop": "stop", "length": "length", "content_filter": "content_filter"}
+
+BROKEN: Final = ("abort", "error")
+"""What vLLM says of an answer that failed there; all else that is no finish of ours is no fault of the server's."""
 
 
 class Candidate(BaseModel):
@@ -158,9 +161,15 @@ class Reading:
         if self._echoed and choice.logprobs:
             self._offsets += choice.logprobs.text_offset or []
         if choice.finish_reason:
-            self._finish = FINISHES.get(choice.finish_reason)
-            if self._finish is None:
-                raise EngineError(f"{self._server} ended the answer for {choice.finish_reason!r}")
+            self._finish = self._known(choice.finish_reason)
+
+    def _known(self, reason: str) -> Finish:
+        if reason in FINISHES:
+            return FINISHES[reason]
+        sentence = f"{self._server} ended the answer for {reason!r}"
+        if reason in BROKEN:
+            raise EngineError(sentence)
+        raise UnsupportedError(f"{sentence}, which has no meaning here: ask another model", "model")
 
     @property
     def _scores(self) -> bool:

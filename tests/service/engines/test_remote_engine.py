@@ -536,6 +536,27 @@ async def test_a_server_without_done_or_usage_chunk_is_read_when_it_has_said_all
         assert await read(engine) == [Piece("hello", 1), Piece(" world", 1, "stop", usage=Usage(3))]
 
 
+@in_loop
+async def test_an_answer_that_the_servers_filter_ends_is_an_answer(upstream: Upstream, url: str) -> None:
+    upstream.streams(words("hello", "content_filter"), usage(3, 1), DONE)
+    async with running(url, failures=1) as engine:
+        assert await read(engine) == [Piece("hello", 1, "content_filter", usage=Usage(3))]
+        assert engine.status()["owl"].state == "ready"
+
+
+@pytest.mark.parametrize("finish", ["tool_calls", "function_call", "no_more_ideas"])
+@in_loop
+async def test_a_finish_that_has_no_meaning_here_is_refused_by_its_name(
+    upstream: Upstream, url: str, finish: str
+) -> None:
+    upstream.streams(said(None, finish), usage(3, 0), DONE)
+    async with running(url, failures=1) as engine:
+        failed = await failure(engine, CHAT)
+        assert isinstance(failed, UnsupportedError)
+        assert (finish in str(failed), failed.param) == (True, "model")
+        assert engine.status()["owl"].state == "ready"
+
+
 # How it is written
 
 
