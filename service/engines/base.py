@@ -158,9 +158,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A bit of streamed text and how many tokens it stands for; the last one alone has a finish and a usage.
+    """A bit of streamed text and how many tokens it stands for; the last one alone has a finish.
 
-    scored: those tokens, where logprobs were asked for; prompt: the prompt's, with the first piece.
+    scored: those tokens, where logprobs were asked for; prompt: the prompt's, with the first piece. usage: with the
+    first piece where the engine knows it by then, and with the last.
     """
 
     text: str
