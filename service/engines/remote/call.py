@@ -82,7 +82,7 @@ def call(job: Job, served: Served) -> tuple[str, Json]:
         "stream_options": {"include_usage": True} | ({"continuous_usage_stats": True} if continuous else {}),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        **_extensions(sampling, served.kind),
+        **_extensions(sampling, served),
     }
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
@@ -95,13 +95,15 @@ def call(job: Job, served: Served) -> tuple[str, Json]:
     return COMPLETIONS, body | _completion(job)
 
 
-def _extensions(sampling: Sampling, kind: str) -> Json:
+def _extensions(sampling: Sampling, served: Served) -> Json:
     fields = {name: getattr(sampling, name) for name in PASSED}
-    told = DEFAULTED if kind in EXTENDED else ()
+    told = DEFAULTED if served.kind in EXTENDED else ()
     fields = {name: value for name, value in fields.items() if value != getattr(NEUTRAL, name) or name in told}
-    if kind == "llamacpp":
-        # Its own names: a penalty over the whole text instead of the last 64 tokens, counts in every chunk.
-        fields |= {"repeat_penalty": fields.pop("repetition_penalty"), "repeat_last_n": -1, "timings_per_token": True}
+    if served.kind == "llamacpp":
+        # Its own names: a penalty over the whole text instead of the last 64 tokens, for which it no longer takes -1;
+        # counts in every chunk.
+        fields |= {"repeat_penalty": fields.pop("repetition_penalty"), "repeat_last_n": served.window}
+        fields["timings_per_token"] = True
     return fields
 
 

@@ -338,7 +338,7 @@ async def test_llama_cpp_is_asked_in_its_own_words_and_for_nothing_that_it_would
                 engine.prepare(OWL, "hi", sampling)
             assert refused.value.param == param
     body = upstream.asked[0][1]
-    assert (body["repeat_penalty"], body["repeat_last_n"], body["timings_per_token"]) == (1.3, -1, True)
+    assert (body["repeat_penalty"], body["repeat_last_n"], body["timings_per_token"]) == (1.3, 32, True)
     assert "repetition_penalty" not in body
     assert body["stream_options"] == {"include_usage": True}
 
