@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from routers.errors import ModelGlueError
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "content_filter"]
 State = Literal["loading", "ready", "failed"]
 
 
