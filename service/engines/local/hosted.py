@@ -19,7 +19,7 @@ from transformers import AttentionInterface, Cache
 from composed import ComposedCache, ComposedConfig
 from service.engines.base import EngineError
 from service.engines.local import ops
-from service.engines.local.forward import Segment, Step, attend_span
+from service.engines.local.forward import Segment, Step, attend_span, attend_step
 from service.engines.local.ops import Shape
 
 ATTENTION = "modelglue_paged"
@@ -123,28 +123,9 @@ class _Pages(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     def attend(self, q_THD: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
         """Attention [T, H, D] over each token's own sequence."""
-        step, singles, found = self.step, self.step.singles, []
-        if softcap is None and ops.attends_in_c(self.memory, self.shape):
-            q_TX, where = q_THD.reshape(len(q_THD), -1), (step.tables_TP, step.lengths_T)
-            out_TX = ops.attend(q_TX, self.memory, *where, self.layer, self.shape, scale, window)
-            return out_TX.view(q_THD.shape)
-        spans = step.spans
-        if softcap is not None:
-            spans = [(segment, slice(i, i + 1)) for i, segment in enumerate(step.segments[:singles])] + spans
-        elif singles:
-            q_BX = q_THD[:singles].reshape(singles, -1)
-            tables_BP, lengths_B = step.tables_BP, step.lengths_B
-            out_BX = ops.attend(q_BX, self.memory, tables_BP, lengths_B, self.layer, self.shape, scale, window)
-            found.append(out_BX.view(singles, *q_THD.shape[1:]))
-        for segment, span in spans:
-            table_P = torch.tensor(segment.table, dtype=torch.int64, device=self.memory.device)
-            k_HSD, v_HSD = ops.gather(self.memory, table_P, segment.end, self.layer, self.shape)
-            found.append(
-                attend_span(q_THD[span], k_HSD, v_HSD, scale=scale, window=window)
-                if softcap is None
-                else _capped(q_THD[span], k_HSD, v_HSD, scale, window, softcap)
-            )
-        return torch.cat(found)
+        how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        q_TX = q_THD.reshape(len(q_THD), -1)
+        return attend_step(q_TX, self.step, self.memory, self.layer, self.shape, **how).view(q_THD.shape)
 
 
 class _ComposedPages(ComposedCache):
@@ -195,23 +176,7 @@ def _attention(
     q_THD, cache = query[0].transpose(0, 1), _CACHE.get()
     if cache is not None:
         return cache.attend(q_THD, scale, sliding_window, softcap)[None], None
-    if softcap is not None:
-        return _capped(q_THD, key[0], value[0], scale, sliding_window, softcap)[None], None
-    return attend_span(q_THD, key[0], value[0], scale=scale, window=sliding_window)[None], None
-
-
-def _capped(q_THD: Tensor, k_HSD: Tensor, v_HSD: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
-    """Attention whose scores s become softcap * tanh(s / softcap), as Gemma 2's."""
-    groups = q_THD.shape[1] // k_HSD.shape[0]
-    k_HSD, v_HSD = k_HSD.repeat_interleave(groups, 0), v_HSD.repeat_interleave(groups, 0)
-    scores_HTS = (q_THD.transpose(0, 1) @ k_HSD.transpose(1, 2)).float() * scale
-    scores_HTS = softcap * torch.tanh(scores_HTS / softcap)
-    total, new = k_HSD.shape[1], len(q_THD)
-    seen_TS = torch.ones(new, total, dtype=torch.bool, device=q_THD.device).tril(total - new)
-    if window is not None:
-        seen_TS = seen_TS.triu(total - new - window + 1)
-    weights_HTS = scores_HTS.masked_fill(~seen_TS, float("-inf")).softmax(-1).to(q_THD.dtype)
-    return (weights_HTS @ v_HSD).transpose(0, 1)
+    return attend_span(q_THD, key[0], value[0], scale=scale, window=sliding_window, softcap=softcap)[None], None
 
 
 def _has_head(model: Any) -> bool:
