@@ -180,12 +180,13 @@ def attend_step(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """What each token of a step sees of its own sequence, [T, heads * D]; its q begins its row of q_TX.
 
-    The step's keys and values are in the memory. softcap: see `_capped`.
+    The step's keys and values are in the memory. softcap, sinks_H: see `_scored`.
     """
-    plain, own = softcap is None, shape.heads * shape.width
+    plain, own = softcap is None and sinks_H is None, shape.heads * shape.width
     if plain and ops.attends_in_c(memory, shape):
         return ops.attend(q_TX, memory, step.tables_TP, step.lengths_T, layer, shape, scale, window)
     found, spans, tables = [], step.spans, step.tables
@@ -198,7 +199,7 @@ def attend_step(
     for (segment, span), table_P in zip(spans, tables, strict=True):
         k_HSD, v_HSD = ops.gather(memory, table_P, segment.end, layer, shape)
         q_THD = q_TX[span, :own].view(-1, shape.heads, shape.width)
-        out_THD = attend_span(q_THD, k_HSD, v_HSD, scale=scale, window=window, softcap=softcap)
+        out_THD = attend_span(q_THD, k_HSD, v_HSD, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H)
         found.append(out_THD.reshape(-1, own))
     return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -211,6 +212,7 @@ def attend_span(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attention [T, H, D] of a sequence's last T tokens over all S of it; grouped queries have fewer keys' heads."""
     new, heads = q_THD.shape[:2]
@@ -218,9 +220,9 @@ def attend_span(
     if groups > 1:
         k_HSD, v_HSD = k_HSD.repeat_interleave(groups, 0), v_HSD.repeat_interleave(groups, 0)
     q_HTD = q_THD.transpose(0, 1)
-    if softcap is not None:
+    if softcap is not None or sinks_H is not None:
         seen_TS = causal(new, total, window, q_THD.device)
-        return _capped(q_HTD, k_HSD, v_HSD, seen_TS, scale, softcap).transpose(0, 1)
+        return _scored(q_HTD, k_HSD, v_HSD, seen_TS, scale, softcap, sinks_H).transpose(0, 1)
     whole = new == total and (window is None or window >= total)
     mask_TS = None if whole else causal(new, total, window, q_THD.device)
     out = torch.nn.functional.scaled_dot_product_attention(
@@ -235,9 +237,25 @@ def causal(new: int, total: int, window: int | None, device: torch.device) -> Te
     return seen_TS if window is None else seen_TS.triu(total - new - window + 1)
 
 
-def _capped(q_HTD: Tensor, k_HSD: Tensor, v_HSD: Tensor, seen_TS: Tensor, scale: float, softcap: float) -> Tensor:
-    """Attention whose scores s become softcap * tanh(s / softcap), as Gemma 2's."""
+def _scored(
+    q_HTD: Tensor,
+    k_HSD: Tensor,
+    v_HSD: Tensor,
+    seen_TS: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Attention whose scores are changed first: s becomes softcap * tanh(s / softcap), as Gemma 2's.
+
+    Beside them a head's sink takes part in the softmax and gives nothing, as gpt-oss's.
+    """
     scores_HTS = (q_HTD @ k_HSD.transpose(1, 2)).float() * scale
-    scores_HTS = softcap * torch.tanh(scores_HTS / softcap)
-    weights_HTS = scores_HTS.masked_fill(~seen_TS, float("-inf")).softmax(-1).to(q_HTD.dtype)
+    if softcap is not None:
+        scores_HTS = softcap * torch.tanh(scores_HTS / softcap)
+    scores_HTS = scores_HTS.masked_fill(~seen_TS, float("-inf"))
+    if sinks_H is not None:
+        sinks_HT1 = sinks_H.float()[:, None, None].expand(-1, len(seen_TS), 1)
+        scores_HTS = torch.cat((scores_HTS, sinks_HT1), dim=-1)
+    weights_HTS = scores_HTS.softmax(-1)[..., : k_HSD.shape[1]].to(q_HTD.dtype)
     return weights_HTS @ v_HSD
