@@ -21,6 +21,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -32,7 +33,7 @@ from service.engines.local.decoder import Decoder, is_ours
 from service.engines.local.expert import Loading, read
 from service.engines.local.forward import Model, Segment, Step
 from service.engines.local.graphs import Graphs, Inputs, Recorded
-from service.engines.local.hosted import ATTENTION, Hosted
+from service.engines.local.hosted import ATTENTION, Hosted, near
 from service.engines.local.memory import Memory
 from service.engines.local.ops import PAGE
 from service.engines.local.weights import Shared, Weights
@@ -360,3 +361,16 @@ def test_a_tensor_that_lacks_or_does_not_fit_is_named(tmp_path: Path) -> None:
     reference.config.intermediate_size = 96
     with pytest.raises(EngineError, match=r"no tensor model\.layers\.2"):
         ours(tmp_path, reference.config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "expected"),
+    [
+        (LlamaConfig, torch.bfloat16, 0.2),
+        (MixtralConfig, torch.bfloat16, 0.5),
+        (MixtralConfig, torch.float16, 0.125),
+        (MixtralConfig, torch.float32, 0.01),
+    ],
+)
+def test_rounding_may_send_a_token_to_other_experts_of_a_layer(kind: Any, dtype: torch.dtype, expected: float) -> None:
+    assert near(kind(), dtype) == pytest.approx(expected)
