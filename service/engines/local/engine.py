@@ -280,9 +280,9 @@ class _Answer:
 
 
 def default_threads() -> int:
-    """OMP_NUM_THREADS, which a container sets to its share of the node; else all cores but the event loop's."""
+    """OMP_NUM_THREADS; else all cores that this process may use but the event loop's."""
     stated = os.environ.get("OMP_NUM_THREADS", "")
-    return int(stated) if stated.isdecimal() and int(stated) else max(1, len(os.sched_getaffinity(0)) - 1)
+    return int(stated) if stated.isdecimal() and int(stated) else max(1, room.cores() - 1)
 
 
 def _put(deliveries: list[Delivery]) -> None:
