@@ -124,10 +124,12 @@ class LocalEngine:
         if sum(expert.bytes for expert in loaded) > (self._options.memory_bytes or math.inf):
             raise UnsupportedError(f"{', '.join(experts)} do not fit into the memory budget together", "k")
         tokens = prompt.ids if isinstance(prompt, Tokens) else encode(first, prompt)
-        if isinstance(prompt, Tokens) and not all(0 <= id_ < first.vocabulary for id_ in tokens):
-            raise PromptError(f"a token of the prompt is not one of {first.name}'s {first.vocabulary}")
         if not tokens:
             raise PromptError("the prompt has no tokens")
+        fewest = min(expert.vocabulary for expert in loaded)  # tokenizers may have more tokens than weights do
+        if beyond := [id_ for id_ in (max(tokens), min(tokens)) if not 0 <= id_ < fewest]:
+            known = f"{', '.join(experts)}'s {fewest}"
+            raise PromptError(f"token {beyond[0]} of the prompt is not one of {known}: leave it out")
         window = min(expert.window for expert in loaded)
         sampling = fit(first.name, len(tokens), window, sampling)
         total = len(tokens) + (sampling.max_tokens or 0)

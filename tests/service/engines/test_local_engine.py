@@ -19,6 +19,7 @@ from tiny import (
     SLEEPS,
     WINDOW,
     answer,
+    byte_level_tokenizer,
     generated,
     greedy,
     read,
@@ -27,8 +28,9 @@ from tiny import (
     text,
     until,
 )
+from transformers import LlamaForCausalLM
 
-from service.engines.base import EngineError, Job, Message, NotReadyError, PromptError, Sampling, Status
+from service.engines.base import EngineError, Job, Message, NotReadyError, PromptError, Sampling, Status, Tokens
 from service.engines.local import LocalEngine, Options
 from service.engines.local.expert import Expert
 from service.engines.local.request import Request
@@ -169,6 +171,29 @@ def test_too_long_a_prompt_is_refused_with_the_numbers(llama: Path) -> None:
             engine.prepare({"llama": 1.0}, "~" * 500, greedy(12))
             with pytest.raises(PromptError, match=r"500 tokens of prompt and 13 of answer .* window of 512"):
                 engine.prepare({"llama": 1.0}, "~" * 500, greedy(13))
+
+    asyncio.run(ask())
+
+
+def test_a_token_that_the_weights_do_not_have_is_refused_in_any_prompt(tmp_path: Path) -> None:
+    folders = {name: save_llama(tmp_path / name) for name in ("llama", "wide")}
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<more>"]})
+    more = tokenizer.convert_tokens_to_ids("<more>")
+    wide = LlamaForCausalLM.from_pretrained(folders["wide"])
+    wide.resize_token_embeddings(more + 1, mean_resizing=False)
+    wide.save_pretrained(folders["wide"])
+    for folder in folders.values():
+        tokenizer.save_pretrained(folder)
+
+    async def ask() -> None:
+        async with serving(folders) as engine:
+            for prompt in ("the <more>", (Message("user", "<more>"),), Tokens((5, more)), Tokens((-1, 5))):
+                for experts in ({"llama": 1.0}, {"wide": 0.5, "llama": 0.5}):
+                    with pytest.raises(PromptError, match=f"is not one of .*llama's {more}: leave it out"):
+                        engine.prepare(experts, prompt, greedy(5))
+            assert await answer(engine, "the <more>", greedy(5), "wide")
+            assert await answer(engine, "the owl", greedy(5))
 
     asyncio.run(ask())
 
