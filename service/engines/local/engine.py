@@ -206,7 +206,13 @@ class LocalEngine:
 
     def _load(self) -> None:
         """In the loader's thread: one expert after another; one that fails leaves the others serving."""
-        memory = self._memory()
+        try:
+            memory = self._memory()
+        except Exception as exc:  # torch raises whatever it meets on the device
+            for name, status in self._status.items():
+                if status.state == "loading":
+                    self._fail(name, exc)
+            return
         for name, folder in self._folders.items():
             if self._worker.failure:
                 return
@@ -214,24 +220,35 @@ class LocalEngine:
                 try:
                     self._experts[name] = read(name, folder, self._how)
                 except Exception as exc:  # transformers raises whatever it meets in the folder
-                    log.exception("%s failed to load", name)
-                    self._status[name] = failed_to_load(folder, exc)
+                    self._fail(name, exc)
                 else:
                     self._worker.add(self._experts[name], memory)
 
     def _memory(self) -> Memory:
-        """For pages of every expert whose config can be read; the others have failed by now."""
+        """For pages of every expert whose config can be read; the others have failed then. Raises EngineError."""
         pages = [1]
         for name, folder in self._folders.items():
             try:
                 pages.append(shape_of(config_of(folder)).page)
             except Exception as exc:
-                log.exception("%s failed to load", name)
-                self._status[name] = failed_to_load(folder, exc)
+                self._fail(name, exc)
         chunk = PAGES_A_CHUNK * max(pages)
-        size = self._options.kv_bytes or room.for_keys_and_values(self._how.device)
-        chunks = max(size // (chunk * self._how.dtype.itemsize), 1)
-        return Memory(chunks, chunk, self._how.dtype, self._how.device)
+        least, size = chunk * self._how.dtype.itemsize, self._options.kv_bytes
+        if size is None:
+            size = room.for_keys_and_values(self._how.device)
+        if size < least:
+            told = f"{size / 1e9:g} GB of key-value memory are less than a chunk of pages"
+            raise EngineError(f"{told}: give --kv-memory at least {math.ceil(least / 1e6) / 1e3:g}")
+        try:
+            return Memory(size // least, chunk, self._how.dtype, self._how.device)
+        except Exception as exc:  # RuntimeError, TypeError or OutOfMemoryError, by size and device
+            raise EngineError(
+                f"{size / 1e9:.2f} GB of key-value memory cannot be allocated: give --kv-memory less"
+            ) from exc
+
+    def _fail(self, name: str, exc: Exception) -> None:
+        log.error("%s failed to load", name, exc_info=exc)
+        self._status[name] = failed_to_load(self._folders[name], exc)
 
     def _tell(self, name: str, status: Status) -> None:
         """In a thread of the worker's."""
