@@ -163,6 +163,23 @@ class Bundle:
         """Where an expert's model is."""
         return self.path / EXPERTS / expert
 
+    @property
+    def router_sha256(self) -> str:
+        """What its router is known by."""
+        return self.manifest.files[ROUTER].sha256
+
+    @cached_property
+    def features_digest(self) -> str:
+        """What makes its vectors: two with the same digest make the same of the same text."""
+        found = hashlib.blake2b(digest_size=16)
+        for name, array in sorted(self.router.features.arrays().items()):
+            found.update(f"{name} {array.dtype} {array.shape}".encode())
+            found.update(np.ascontiguousarray(array).data)
+        for name, file in sorted(self.manifest.files.items()):
+            if name == TOKENIZER or name.startswith(f"{ENCODER}/"):
+                found.update(f"{name} {file.sha256}".encode())
+        return found.hexdigest()
+
     @cached_property
     def routing(self) -> list[RoutingRow]:
         """The prompts that the router was fitted on, by the numbers that its evidence has. Raises BundleError."""

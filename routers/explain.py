@@ -30,7 +30,7 @@ def explain(read: Bundle, prompt: str, route: Route, limits: Limits, detail: Det
         "k": sum(ranked.selected for ranked in route.ranking),
     }
     if detail != "basic":
-        facts["words"] = words(read, prompt, route)
+        facts["words"] = [{"word": pull.word, "score": pull.score} for pull in read.router.pulls(prompt, route)]
         facts["experts"] = [
             {
                 "expert": each.expert,
@@ -49,15 +49,8 @@ def explain(read: Bundle, prompt: str, route: Route, limits: Limits, detail: Det
         facts["evidence"] = _evidence(read, route)
         facts["counterfactuals"] = [] if route.reason == "pinned" else _counterfactuals(read, prompt, limits, route)
         facts["scorecard"] = read.manifest.scorecard.model_dump(mode="json") if read.manifest.scorecard else None
-        facts["router_sha256"] = read.manifest.files["router.safetensors"].sha256
+        facts["router_sha256"], facts["features_digest"] = read.router_sha256, read.features_digest
     return facts
-
-
-def words(read: Bundle, prompt: str, route: Route) -> list[dict[str, Any]]:
-    """The words that spoke most for the chosen expert; none where it was not the scores that chose."""
-    if route.reason != "top_score":
-        return []
-    return [{"word": pull.word, "score": pull.score} for pull in read.router.explain(prompt)]
 
 
 def _entropy(route: Route) -> float:

@@ -63,6 +63,10 @@ class PromptRouter:
         route = self.policy.decide(self.experts, estimate, limits)
         return route, Steps(embedded - began, estimated - embedded, time.perf_counter() - estimated)
 
+    def pulls(self, prompt: str, route: Route) -> list[Pull]:
+        """The words that spoke most for a route's expert; none where it was not the scores that chose."""
+        return self.explain(prompt) if route.reason == "top_score" else []
+
     def explain(self, prompt: str, most: int = 5) -> list[Pull]:
         """The words that spoke most for the chosen expert: what the margin loses when a word is left out."""
         route = self.route(prompt)

@@ -24,7 +24,6 @@ from urllib.parse import quote
 import numpy as np
 
 from routers.base import Vector
-from routers.bundle import ENCODER, ROUTER, TOKENIZER, Bundle
 from routers.errors import ModelGlueError
 from routers.policy import Ranked, Reason
 
@@ -151,23 +150,6 @@ def read(path: Path) -> Iterator[Logged]:
 def text_digest(text: str) -> str:
     """What a prompt is known by where its text is not kept."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def space_digest(bundle: Bundle) -> str:
-    """What makes a bundle's vectors: two with the same digest make the same of the same text."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, array in sorted(bundle.router.features.arrays().items()):
-        found.update(f"{name} {array.dtype} {array.shape}".encode())
-        found.update(np.ascontiguousarray(array).data)
-    for name, file in sorted(bundle.manifest.files.items()):
-        if name == TOKENIZER or name.startswith(f"{ENCODER}/"):
-            found.update(f"{name} {file.sha256}".encode())
-    return found.hexdigest()
-
-
-def router_digest(bundle: Bundle) -> str:
-    """What a bundle's router is known by."""
-    return bundle.manifest.files[ROUTER].sha256
 
 
 def _logged(row: Sequence[Any]) -> Logged:

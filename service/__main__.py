@@ -24,7 +24,7 @@ from service import settings as choices
 from service.access import Access, new_key
 from service.app import create_app, settled
 from service.completions import start
-from service.decisions import Decision, Request, evidence
+from service.decisions import Decision, Request
 from service.ending import Drain
 from service.engines.base import Engine, Message, Sampling
 from service.engines.later import LaterEngine
@@ -298,7 +298,7 @@ async def answer(prompt: str, router: PromptRouter, engine: Engine) -> None:
 def why(decision: Decision, router: PromptRouter) -> str:
     """A line on a route: the expert, its score, how far it is ahead, and the words that spoke for it."""
     route = decision.route
-    words = ", ".join(f"{pull.word} {pull.score:+.3f}" for pull in evidence(decision, router))
+    words = ", ".join(f"{pull.word} {pull.score:+.3f}" for pull in router.pulls(decision.text, route))
     line = f"{route.expert} ({route.reason}): score {route.ranking[0].score:.3f}, margin {route.margin:.3f}"
     return f"{line}; words: {words}" if words else line
 

@@ -24,7 +24,6 @@ from routers.bundle import Bundle
 from routers.errors import ModelGlueError
 from routers.explain import Detail, explain
 from routers.policy import pin
-from routers.routelog import router_digest
 from service import completions, decisions, errors
 from service import record as records
 from service.completions import Completion
@@ -209,7 +208,7 @@ class Api:
             "version": version("modelglue"),
             "bundle": manifest.zoo,
             "inputs_sha256": manifest.inputs_sha256,
-            "router_sha256": router_digest(bundle),
+            "router_sha256": bundle.router_sha256,
         }
 
     async def healthz(self) -> Json:
@@ -387,7 +386,9 @@ def _headers(completion: Completion) -> dict[str, str]:
 
 async def _explained(bundle: Bundle, decision: Decision, detail: Detail) -> Json:
     told = partial(explain, bundle, decision.text, decision.route, decision.limits, detail)
-    return answers.route(decision, await aside(bundle.router, told))
+    # The whole story hashes the features and reads the evidence's texts, once.
+    facts = await (asyncio.to_thread(told) if detail == "full" else aside(bundle.router, told))
+    return answers.route(decision, facts)
 
 
 def _one_or_all(routes: list[Json]) -> Json | list[Json]:

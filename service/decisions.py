@@ -11,7 +11,7 @@ from typing import Final, Literal, TypeVar
 
 from routers.features import Features, TokenEmbeddings
 from routers.policy import NO_LIMITS, Limits, Route, pin
-from routers.prompt import AUTO, PromptRouter, Pull, Steps
+from routers.prompt import AUTO, PromptRouter, Steps
 from service import sessions as keys
 from service.engines.base import Engine, EngineError, NotReadyError, Prompt, Sampling, Tokens, UnsupportedError
 from service.errors import RequestError
@@ -124,11 +124,6 @@ def attempts(decision: Decision) -> Iterator[Decision]:
     for ranked in decision.route.ranking[0 if mixed else 1 :]:
         if ranked.excluded is None:
             yield replace(decision, route=alone(decision.route, ranked.expert, "fallback"))
-
-
-def evidence(decision: Decision, router: PromptRouter) -> list[Pull]:
-    """The words that spoke most for the chosen expert; none where it was not the scores that chose."""
-    return router.explain(decision.text) if decision.route.reason == "top_score" else []
 
 
 def text_to_route(prompt: Prompt, router: PromptRouter, engine: Engine, *, pinned: bool = False) -> str:

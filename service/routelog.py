@@ -75,7 +75,6 @@ class RouteLog:
         self._path, self._texts, self._most = path, texts, most
         self._open().close()
         self._queue: queue.Queue[_Decided | _Rated | None] = queue.Queue(MOST_WAITING)
-        self._space: tuple[Bundle, str] | None = None
         self._thread = threading.Thread(target=self._run, name="route log", daemon=True)
         self._thread.start()
 
@@ -177,9 +176,9 @@ class RouteLog:
             key=record.key,
             digest=routelog.text_digest(decision.text),
             text=decision.text if self._texts else None,
-            space=self._space_of(bundle),
+            space=bundle.features_digest,
             vector_D=bundle.router.features.vector(decision.text),
-            router=routelog.router_digest(bundle),
+            router=bundle.router_sha256,
             expert=decision.route.expert,
             reason=decision.route.reason,
             propensity=CERTAIN,
@@ -189,12 +188,6 @@ class RouteLog:
             tokens=sum(answer.tokens for answer in part.answers),
             finish=part.answers[0].finish,
         )
-
-    def _space_of(self, bundle: Bundle) -> str:
-        """Of the last bundle it is kept: a table of embeddings takes a moment to hash."""
-        if self._space is None or self._space[0] is not bundle:
-            self._space = bundle, routelog.space_digest(bundle)
-        return self._space[1]
 
 
 def _rate(connection: sqlite3.Connection, rated: _Rated) -> bool:

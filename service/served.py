@@ -13,7 +13,6 @@ from routers import bundle as bundles
 from routers.bundle import Bundle
 from routers.errors import ModelGlueError
 from routers.prompt import PromptRouter
-from routers.routelog import router_digest
 from service.errors import ReloadError
 
 TEST: Final = "Write a Python function that returns the largest even number in a list."
@@ -54,7 +53,7 @@ class Served:
                 raise ReloadError(f"{exc}; the old router goes on") from exc
             self._bundle = new
         kind = new.manifest.router.kind
-        told = f"the {kind} router {router_digest(new)[:12]} takes the place of {router_digest(old)[:12]}"
+        told = f"the {kind} router {new.router_sha256[:12]} takes the place of {old.router_sha256[:12]}"
         logger.info(told)
         return told
 

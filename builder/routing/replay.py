@@ -104,7 +104,7 @@ def replay(log: Path, bundle: Bundle, *, kind: str | None = None, seed: int = 0)
     Raises RouteLogError, or BuildError for a log of other features that does not have the prompts' text.
     """
     router = bundle.router if kind is None else _fitted(bundle, kind)
-    space = routelog.space_digest(bundle)
+    space = bundle.features_digest
     left_out, moved, rows = Counter[str](), Counter[str](), 0
     rated: list[tuple[float, bool, float]] = []
     for row in routelog.read(log):

@@ -156,6 +156,7 @@ class Route(TypedDict):
     counterfactuals: NotRequired[list[dict[str, Any]]]
     scorecard: NotRequired[dict[str, Any] | None]
     router_sha256: NotRequired[str]
+    features_digest: NotRequired[str]
 
 
 class _Answer(TypedDict):

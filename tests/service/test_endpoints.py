@@ -124,7 +124,7 @@ def test_route_says_which_words_pulled_and_what_it_read(client: TestClient, rout
     assert [(word["word"], word["score"]) for word in route["words"]] == [(pull.word, pull.score) for pull in pulls]
 
 
-def test_route_tells_as_much_as_it_is_asked(client: TestClient) -> None:
+def test_route_tells_as_much_as_it_is_asked(client: TestClient, bundle: Bundle) -> None:
     """basic has the choice, scores every expert's estimate, full what it rests on; all say the same choice."""
     asked = {"prompt": "write a python loop"}
     basic, scores, full = (
@@ -139,6 +139,7 @@ def test_route_tells_as_much_as_it_is_asked(client: TestClient) -> None:
     assert without["expert"] == scores["experts"][1]["expert"]
     for name in basic.keys() - {"ms", "steps_ms"}:
         assert basic[name] == scores[name] == full[name]
+    assert full["features_digest"] == bundle.features_digest
     assert list(full["steps_ms"]) == ["features", "estimate", "policy"]
     assert 0 < sum(full["steps_ms"].values()) <= full["ms"] + 0.002
     refused = client.post("/route", params={"detail": "all"}, json=asked)

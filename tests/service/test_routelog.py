@@ -48,7 +48,7 @@ def test_a_decision_is_kept_so_that_it_can_be_made_again(bundle: Bundle, tmp_pat
         "length",
     )
     assert row.digest == logs.text_digest(BODY["prompt"])
-    assert (row.router, row.space) == (logs.router_digest(bundle), logs.space_digest(bundle))
+    assert (row.router, row.space) == (bundle.router_sha256, bundle.features_digest)
     vector_D = bundle.router.features.vector(BODY["prompt"])
     np.testing.assert_allclose(row.vector_D, vector_D, atol=1e-3)
     assert {each.expert: each.excluded for each in row.experts} == {"math": None, "code": "denied", "story": None}

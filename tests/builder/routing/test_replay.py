@@ -88,7 +88,7 @@ def logged(
     )
     return Logged(
         0.0, text, 0, None, routelog.text_digest(text), text if keeps_text else None,
-        routelog.space_digest(bundle) if space is None else space, bundle.router.features.vector(text), "0" * 64,
+        bundle.features_digest if space is None else space, bundle.router.features.vector(text), "0" * 64,
         expert, reason, propensity, None, None, ranking, 3, "stop", feedback,
     )  # fmt: skip
 
