@@ -120,7 +120,7 @@ class LocalEngine:
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
         loaded = [self._expert(name) for name in experts]
         first = loaded[0]
-        if len({expert.alphabet.digest for expert in loaded}) > 1:
+        if len({(expert.alphabet.digest, expert.vocabulary) for expert in loaded}) > 1:
             raise UnsupportedError(f"{', '.join(experts)} have different vocabularies: they cannot be mixed", "k")
         if sum(expert.bytes for expert in loaded) > (self._options.memory_bytes or math.inf):
             raise UnsupportedError(f"{', '.join(experts)} do not fit into the memory budget together", "k")
@@ -129,6 +129,9 @@ class LocalEngine:
             raise PromptError(f"a token of the prompt is not one of {first.name}'s {first.vocabulary}")
         if not tokens:
             raise PromptError("the prompt has no tokens")
+        if len(loaded) > 1 and sampling.prompt_logprobs is not None:
+            told = f"{', '.join(experts)} together score no prompts: leave echo or logprobs out, or ask for one of them"
+            raise UnsupportedError(told, "echo")
         window = min(expert.window for expert in loaded)
         sampling = fit(first.name, len(tokens), window, sampling)
         total = len(tokens) + (sampling.max_tokens or 0)

@@ -199,7 +199,6 @@ class Worker:
     def _enter(self, request: Request, lanes: Sequence[Lane]) -> bool:
         if any(len(lane.running) >= self._most for lane in lanes):
             return False
-        anew = request.job.sampling.prompt_logprobs is not None and not request.count
         if not request.contexts:
             tokens = request.job.tokens
             request.contexts = [
@@ -208,17 +207,16 @@ class Worker:
                 if lane.model is not None
             ]
         for context in request.contexts:
-            context.begin(anew=anew)
+            # What is scored is computed anew.
+            context.take_over(request.told if request.scoring else None)
         if not all(context.make_room(context.pending) for context in request.contexts):
             for context in request.contexts:
                 context.leave()
             return False
         for lane, context in zip(lanes, request.contexts, strict=True):
-            lane.running.append((request, context))
-            lane.queries += len(context.tokens)
-            lane.hits += context.computed
-        if not request.count:
-            request.cached, request.queued = request.contexts[0].computed, time.monotonic() - request.came
+            lane.enter(request, context)
+        if not request.preempted:
+            request.queued = time.monotonic() - request.came
         return True
 
     def _step(self, lane: Lane, budget: int) -> int:
@@ -251,7 +249,7 @@ class Worker:
         for part, logits_RV in lane.run(parts):
             try:
                 ready += self._result(part, logits_RV, news)
-            except EngineError as exc:
+            except Exception as exc:  # the others' results are as good as ever
                 self._fail([part.request], exc)
         self._pick(ready, news)
         self._deliver(news)
@@ -267,11 +265,13 @@ class Worker:
         """What is ready to be picked from after a part; scores of the prompt go into the news."""
         request, context = part.request, part.context
         top = request.job.sampling.prompt_logprobs
-        if top is not None and not request.count and part.rows:
-            told = logits_RV if context.pending else logits_RV[:-1]
-            following = context.tokens[context.computed - part.count + 1 : context.computed + 1][: len(told)]
+        if top is not None and request.scoring:
+            first = max(request.told - part.start, 0)  # those before were told before it gave way
+            following = context.tokens[part.start + first + 1 : context.computed + 1]
             if following:
-                news.append((request, Prompted(prompt_scores(told, following, top))))
+                scores = prompt_scores(logits_RV[first : first + len(following)], following, top)
+                news.append((request, Prompted(scores)))
+                request.told += len(following)
         if context.pending or not part.rows:
             return []
         if not request.most:
@@ -290,7 +290,15 @@ class Worker:
     def _pick(self, ready: Sequence[tuple[Request, Tensor]], news: list[Delivery]) -> None:
         if not ready:
             return
-        picks = pick([request.row for request, _ in ready], torch.stack([logits_V for _, logits_V in ready]))
+        try:
+            picks = pick([request.row for request, _ in ready], torch.stack([logits_V for _, logits_V in ready]))
+        except Exception as exc:
+            if len(ready) == 1:
+                self._fail([ready[0][0]], exc)
+            else:  # one of them is to blame, and none has gone on
+                for each in ready:
+                    self._pick([each], news)
+            return
         for (request, _), found in zip(ready, picks, strict=True):
             if isinstance(found, Pick):
                 news.append((request, request.take(found)))
@@ -305,6 +313,7 @@ class Worker:
         """Take a request's pages away; it waits again, before all others."""
         lane = self._lanes[request.job.expert]
         lane.preemptions += 1
+        request.preempted = True
         self._end(request)
         lane.waiting.appendleft(request)
 
