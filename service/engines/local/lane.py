@@ -1,8 +1,7 @@
-"""One expert's requests: who waits, who runs, and which of their tokens come next. Knows no threads."""
+"""One expert's requests: who runs, and which of their tokens come next. Knows no threads."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -27,7 +26,7 @@ class Part:
 
 @dataclass(eq=False)
 class Lane:
-    """An expert with its pages and its requests, the longest waiting first.
+    """An expert with its pages and the requests that it runs.
 
     model: None while its weights are not in memory. closing: it lets nobody in any more, for others wait for memory.
     """
@@ -36,10 +35,8 @@ class Lane:
     memory: Memory
     model: Model | None = None
     closing: bool = False
-    loads: int = 0
     evictions: int = 0
     shelf: Shelf = field(init=False)
-    waiting: deque[Request] = field(default_factory=deque)
     running: list[tuple[Request, Context]] = field(default_factory=list)
     queries: int = 0
     hits: int = 0
@@ -49,9 +46,9 @@ class Lane:
         self.shelf = self.memory.shelf(self.expert.shape.page)
 
     @property
-    def ready(self) -> bool:
-        """Whether it runs requests, or could let some in."""
-        return bool(self.running) or (bool(self.waiting) and self.model is not None and not self.closing)
+    def open(self) -> bool:
+        """Whether it lets requests in."""
+        return self.model is not None and not self.closing
 
     @property
     def busy(self) -> bool:
