@@ -105,12 +105,13 @@ class Command:
 
 
 class Words:
-    """Prompts of random words, each a token of its own, the same for the same seed.
+    """Prompts of `size` random words, each a token of its own, the same for the same seed.
 
     texts: whose words they are; any of the tokenizer's if there are none.
     """
 
-    def __init__(self, folder: Path, texts: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, texts: Sequence[str] = (), size: int = PROMPT) -> None:
+        self._size = size
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         known = {id_ for text in texts for id_ in self._tokenizer.encode(text, add_special_tokens=False).ids}
         self._ids = sorted(
@@ -122,12 +123,12 @@ class Words:
 
     def prompt(self, seed: str, as_ids: bool) -> list[int] | str:
         """Raises ServerError where a text of such words has other tokens."""
-        ids = random.Random(seed).choices(self._ids, k=PROMPT)
+        ids = random.Random(seed).choices(self._ids, k=self._size)
         if as_ids:
             return ids
         text: str = self._tokenizer.decode(ids)
-        if len(self._tokenizer.encode(text, add_special_tokens=False).ids) != PROMPT:
-            raise ServerError(f"words of this tokenizer are no prompt of {PROMPT} tokens as a text")
+        if len(self._tokenizer.encode(text, add_special_tokens=False).ids) != self._size:
+            raise ServerError(f"words of this tokenizer are no prompt of {self._size} tokens as a text")
         return text
 
 
@@ -321,6 +322,7 @@ def main(
     bundle_mix: Annotated[bool, typer.Option(help="All experts at once instead.")] = False,
     threads: Annotated[list[int] | None, typer.Option(help="Of a server; 1 and 2 if none is said.")] = None,
     concurrency: Annotated[list[int] | None, typer.Option(help="1, 4, 16 and 64 if none is said.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = PROMPT,
     passes: Annotated[int, typer.Option(min=1, help="Over the concurrencies; figures are medians.")] = 2,
 ) -> None:
     """Print a table by number of threads."""
@@ -332,7 +334,7 @@ def main(
     with TemporaryDirectory() as work:
         for each in threads or [1, 2]:
             print(f"\n### {each} thread{'s' * (each > 1)}, concurrency {' / '.join(map(str, levels))}\n")
-            setups = setups_of(read, peers, each, expert or read.manifest.default, bundle_mix, Path(work))
+            setups = setups_of(read, peers, each, expert or read.manifest.default, bundle_mix, prompt, Path(work))
             table(setups, levels, passes)
 
 
@@ -353,11 +355,11 @@ def found(name: str, peer: Peer) -> bool:
 
 
 def setups_of(
-    read: bundle.Bundle, peers: dict[str, Peer], threads: int, expert: str, mix: bool, work: Path
+    read: bundle.Bundle, peers: dict[str, Peer], threads: int, expert: str, mix: bool, prompt: int, work: Path
 ) -> Iterator[Setup]:
     """Ours first, then each peer with the same experts."""
     experts = read.manifest.names if mix else (expert,)
-    words = {each: Words(read.folder(each), own_prompts(read, each) if mix else ()) for each in experts}
+    words = {each: Words(read.folder(each), own_prompts(read, each) if mix else (), prompt) for each in experts}
     port = free_port()
     served = read.path.resolve() if mix else alone(read, expert, work / "alone")
     line = f"{sys.executable} -m service --bundle {served} --port {port} --log-level warning"

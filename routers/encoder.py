@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from routers.base import Vector, unit
 from routers.errors import BundleError
+from routers.features import CHARACTERS
 from routers.normalise import normalise
 
 if TYPE_CHECKING:
@@ -228,6 +229,7 @@ def _transformer(folder: Path) -> tuple[Callable[[str], list[int]], Any]:
     length = min(limit for limit in limits if limit)
 
     def tokens(text: str) -> list[int]:
+        text = text[: CHARACTERS * length]
         ids = tokenizer(text, truncation=True, max_length=length, add_special_tokens=special)["input_ids"]
         return [int(i) for i in ids]
 

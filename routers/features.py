@@ -18,6 +18,9 @@ from routers.normalise import normalise
 MAX_TOKENS = 512
 """Tokens of a prompt that count, from its end, where a chat's question stands."""
 
+CHARACTERS = 16
+"""Characters of a prompt that are read for each token that can count: a megabyte takes no longer than a page."""
+
 
 class Features(Protocol):
     """What turns a prompt into a vector; a prompt's vector depends on nothing but the prompt."""
@@ -71,7 +74,7 @@ class TokenEmbeddings:
 
     def tokens(self, text: str) -> list[int]:
         """Ids of the tokens that count; tokens that were added to the tokenizer and have no embedding do not."""
-        ids = self._tokenizer.encode(normalise(text), add_special_tokens=False).ids
+        ids = self._tokenizer.encode(normalise(text[-CHARACTERS * MAX_TOKENS :]), add_special_tokens=False).ids
         return [i for i in ids if i < len(self._embeddings_VD)][-MAX_TOKENS:]
 
     def vector(self, text: str) -> Vector:

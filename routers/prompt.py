@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from routers.base import Estimate, Router
@@ -18,6 +19,15 @@ class Pull:
 
     word: str
     score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Seconds that the steps of a route took."""
+
+    features: float = 0.0
+    estimate: float = 0.0
+    policy: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +51,17 @@ class PromptRouter:
         """The route of a prompt, or of the pinned `model`. Raises RoutingError for what cannot be."""
         if model != AUTO:
             return pin(self.experts, model)
-        return self.policy.decide(self.experts, self.estimate(prompt), limits)
+        return self.timed(prompt, limits)[0]
+
+    def timed(self, prompt: str, limits: Limits = NO_LIMITS) -> tuple[Route, Steps]:
+        """The route of a prompt, and what each step took."""
+        began = time.perf_counter()
+        vector_D = self.features.vector(prompt)
+        embedded = time.perf_counter()
+        estimate = self.router.estimate(vector_D)
+        estimated = time.perf_counter()
+        route = self.policy.decide(self.experts, estimate, limits)
+        return route, Steps(embedded - began, estimated - embedded, time.perf_counter() - estimated)
 
     def explain(self, prompt: str, most: int = 5) -> list[Pull]:
         """The words that spoke most for the chosen expert: what the margin loses when a word is left out."""

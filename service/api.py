@@ -7,6 +7,8 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -26,9 +28,9 @@ from routers.routelog import router_digest
 from service import completions, decisions, errors
 from service import record as records
 from service.completions import Completion
-from service.decisions import POLICIES, Decision, estimated_tokens, read_tokens
+from service.decisions import POLICIES, Decision, aside, estimated_tokens, read_tokens
 from service.ending import Drain, cause
-from service.engines.base import Engine, Prompt, Sampling, State
+from service.engines.base import Engine, State, UnsupportedError
 from service.errors import CLIENT_LEFT, RequestError
 from service.events import HEARTBEAT, EventStream
 from service.metrics import Metrics
@@ -36,7 +38,7 @@ from service.schemas import answers
 from service.schemas.answers import Writer
 from service.schemas.bodies import Body, ChatBody, CompletionBody
 from service.schemas.fields import Json
-from service.schemas.queries import DetailQuery, DetokenizeBody, EmbeddingsBody, RouteQuery, TokenizeBody
+from service.schemas.queries import DetailQuery, DetokenizeBody, EmbeddingsBody, ModelQuery, RouteQuery, TokenizeBody
 from service.served import Served
 from service.sessions import Sessions
 
@@ -113,6 +115,7 @@ class Api:
             api.add_api_route(path, self.route_of_body, methods=["POST"])
             api.add_api_route(f"{path}/batch", self.routes_of_lines, methods=["POST"])
         api.add_api_route("/tokenize", self.tokenize, methods=["POST"])
+        api.add_api_route("/tokenizer_info", self.tokenizer_info, methods=["GET"])
         api.add_api_route("/detokenize", self.detokenize, methods=["POST"])
         api.add_api_route("/version", self.version, methods=["GET"])
         for path in ("/healthz", "/health"):  # vLLM's name, which benchmarks ask for
@@ -135,18 +138,23 @@ class Api:
         """The vectors that prompts are routed by."""
         body = EmbeddingsBody.of(await read(request, self._max_body))
         features = self._served.router.features
+
+        def embedded() -> Json:
+            vectors = [features.vector(text) for text in body.input]
+            tokens = sum(estimated_tokens(text, features) for text in body.input)
+            return answers.embeddings(vectors, tokens, encoded=body.encoding_format == "base64")
+
         # Off the event loop: two thousand texts take seconds.
-        vectors = await asyncio.to_thread(lambda: [features.vector(text) for text in body.input])
-        tokens = sum(estimated_tokens(text, features) for text in body.input)
-        return answers.embeddings(vectors, tokens, encoded=body.encoding_format == "base64")
+        return await asyncio.to_thread(embedded)
 
     async def route_of_query(self, request: Request, query: Annotated[RouteQuery, Query()]) -> Json:
         """The route of a prompt, and why; nothing is generated."""
-        return self._route(self._served.bundle, query.request(*_named(request)), query.detail)
+        asked = query.request(*_named(request))
+        return await self._route(self._served.bundle, replace(asked, client=_client(request)), query.detail)
 
     async def route_of_body(self, request: Request, query: Annotated[DetailQuery, Query()]) -> Json | list[Json]:
         """The route that serving would take with this very body; of several prompts, a list."""
-        return self._routes(await read(request, self._max_body), request, query.detail)
+        return await self._routes(await read(request, self._max_body), request, query.detail)
 
     async def routes_of_lines(self, request: Request, query: Annotated[DetailQuery, Query()]) -> Response:
         """JSONL to JSONL: the route of each line's body, or the error that it would get, in order."""
@@ -155,11 +163,10 @@ class Api:
         async def routes() -> AsyncGenerator[str, None]:
             for line in filter(bytes.strip, lines):
                 try:
-                    found = self._routes(parse(line), request, query.detail)
+                    found = await self._routes(self._parsed(line), request, query.detail)
                 except ModelGlueError as exc:
                     found = errors.body(exc)
                 yield json.dumps(found, ensure_ascii=False) + "\n"
-                await asyncio.sleep(0)  # others' turn
 
         return StreamingResponse(routes(), media_type="application/jsonl")
 
@@ -167,11 +174,19 @@ class Api:
         """A text as its expert's tokens, of `auto` the default expert's, which reads tokens that are to be routed."""
         body = TokenizeBody.of(await read(request, self._max_body))
         expert = self._expert(body.model)
-        ids = self._tokens(expert, body.text)
+        ids = await asyncio.to_thread(self._engine.encode, expert, body.text)
         # An empty text becomes the mark that texts begin with; a chat's template writes its own.
-        if not body.add_special_tokens and body.messages is None and ids[:1] == self._tokens(expert, "")[:1]:
+        if not body.add_special_tokens and body.messages is None and ids[:1] == self._engine.encode(expert, "")[:1]:
             ids = ids[1:]
-        return {"model": expert, "tokens": ids, "count": len(ids), "max_model_len": self._engine.about(expert).window}
+        window = self._engine.about(expert).window
+        return {"model": expert, "tokens": list(ids), "count": len(ids), "max_model_len": window}
+
+    async def tokenizer_info(self, query: Annotated[ModelQuery, Query()]) -> Json:
+        """What an expert's tokens begin and end texts with; of `auto` the default expert's."""
+        expert = self._expert(query.model)
+        if not (told := self._engine.about(expert).tokenizer):
+            raise UnsupportedError(f"only {expert}'s server has its tokenizer: ask it there", "model")
+        return {"model": expert, **told}
 
     async def detokenize(self, request: Request) -> Json:
         """Tokens as text."""
@@ -219,14 +234,14 @@ class Api:
 
     async def _answer(self, request: Request, body: Body) -> Response:
         bundle = self._served.bundle  # kept for the whole answer, whatever is served by then
-        requests = body.requests(*_named(request))
+        requests = _requests(body, request)
         debug = request.headers.get("x-route-debug") == "1"
         if not body.stream:
             return await unless_left(request, self._whole(request, bundle, body, requests, debug))
         completion = await unless_left(request, self._start(request, bundle, requests, self._patience))
         async with AsyncExitStack() as stack:
             stack.push_async_callback(completion.aclose)
-            writer = self._writer(bundle, body, completion, debug)
+            writer = await self._writer(bundle, body, completion, debug)
             stream = EventStream(completion, writer, _headers(completion), body.include_usage, self._heartbeat)
             stack.pop_all()  # from here on the response closes it
             return stream
@@ -235,7 +250,7 @@ class Api:
         self, request: Request, bundle: Bundle, body: Body, requests: tuple[decisions.Request, ...], debug: bool
     ) -> Response:
         async with aclosing(await self._start(request, bundle, requests)) as completion:
-            writer = self._writer(bundle, body, completion, debug)
+            writer = await self._writer(bundle, body, completion, debug)
             return JSONResponse(writer.whole(await completion.whole()), headers=_headers(completion))
 
     async def _start(
@@ -252,31 +267,35 @@ class Api:
         record.completion, record.bundle = started, bundle
         return started
 
-    def _writer(self, bundle: Bundle, body: Body, completion: Completion, debug: bool) -> Writer:
-        routes = [_explained(bundle, part.decision, "scores") for part in completion.parts] if debug else []
+    async def _writer(self, bundle: Bundle, body: Body, completion: Completion, debug: bool) -> Writer:
+        routes = [await _explained(bundle, part.decision, "scores") for part in completion.parts] if debug else []
         fingerprint = f"fp_{bundle.manifest.inputs_sha256[:10]}"
         return Writer(body, completion, fingerprint, _one_or_all(routes) if routes else None)
 
-    def _routes(self, fields: Json, request: Request, detail: Detail) -> Json | list[Json]:
+    def _parsed(self, line: bytes) -> Json:
+        """Of a batch. Raises RequestError."""
+        if len(line) > self._max_body:
+            raise RequestError(f"the line is larger than {self._max_body} bytes: send less", code="line_too_large")
+        return parse(line)
+
+    async def _routes(self, fields: Json, request: Request, detail: Detail) -> Json | list[Json]:
         body: Body = ChatBody.of(fields) if "messages" in fields else CompletionBody.of(fields)
         bundle = self._served.bundle
-        return _one_or_all([self._route(bundle, each, detail) for each in body.requests(*_named(request))])
+        return _one_or_all([await self._route(bundle, each, detail) for each in _requests(body, request)])
 
-    def _route(self, bundle: Bundle, request: decisions.Request, detail: Detail) -> Json:
-        decision = decisions.decide(request, bundle.router, self._engine, self._sessions)
-        return _explained(bundle, decision, detail)
+    async def _route(self, bundle: Bundle, request: decisions.Request, detail: Detail) -> Json:
+        await asyncio.sleep(0)  # others' turn: there may be a thousand
+        decide = partial(decisions.decide, request, bundle.router, self._engine, self._sessions)
+        return await _explained(bundle, await aside(bundle.router, decide), detail)
 
     def _expert(self, model: str) -> str:
         router = self._served.router
         return router.policy.default if model in POLICIES else pin(router.experts, model).expert
 
-    def _tokens(self, expert: str, prompt: Prompt) -> list[int]:
-        return list(self._engine.prepare({expert: 1.0}, prompt, Sampling(max_tokens=0)).tokens)
-
     def _state(self) -> State:
-        """The service's: loading as long as any expert is, and then its default expert's."""
-        states = {name: status.state for name, status in self._engine.status().items()}
-        return "loading" if "loading" in states.values() else states[self._served.router.policy.default]
+        """The service's: loading as long as any expert is, then ready if any is; routes leave out the others."""
+        states = {status.state for status in self._engine.status().values()}
+        return next(state for state in ("loading", "ready", "failed") if state in states)
 
     def _model(self, name: str) -> Json:
         listed: Json = {"id": name, "object": "model", "created": self._since, "owned_by": "modelglue"}
@@ -346,6 +365,16 @@ def _named(request: Request) -> tuple[str | None, str | None]:
     return request.headers.get("x-expert") or None, request.headers.get("x-session-id") or None
 
 
+def _client(request: Request) -> str | None:
+    """The name of its key."""
+    return records.of(request.scope).key
+
+
+def _requests(body: Body, request: Request) -> tuple[decisions.Request, ...]:
+    """One for every prompt."""
+    return tuple(replace(each, client=_client(request)) for each in body.requests(*_named(request)))
+
+
 def _headers(completion: Completion) -> dict[str, str]:
     """The route; of several prompts, every different one."""
     made = [part.decision for part in completion.parts]
@@ -356,9 +385,9 @@ def _headers(completion: Completion) -> dict[str, str]:
     }
 
 
-def _explained(bundle: Bundle, decision: Decision, detail: Detail) -> Json:
-    facts = explain(bundle, decision.text, decision.route, decision.limits, detail)
-    return answers.route(decision, facts)
+async def _explained(bundle: Bundle, decision: Decision, detail: Detail) -> Json:
+    told = partial(explain, bundle, decision.text, decision.route, decision.limits, detail)
+    return answers.route(decision, await aside(bundle.router, told))
 
 
 def _one_or_all(routes: list[Json]) -> Json | list[Json]:

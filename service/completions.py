@@ -11,14 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeVar
 
 from routers.prompt import PromptRouter
-from service.decisions import Decision, Request, attempts, best_alone, decide
-from service.engines.base import Engine, EngineError, Finish, Job, Piece, Tokens, UnsupportedError, Usage
+from service.decisions import Decision, Request, aside, attempts, decide
+from service.engines.base import BusyError, Engine, EngineError, Finish, Job, Piece, Prompt, Tokens, Usage
 from service.metrics import Metrics
 from service.sessions import Sessions
 from service.stops import until
 
 AHEAD: Final = 4
 """Pieces of each answer that may wait for a reader."""
+
+LONG: Final = 8192
+"""Characters of a prompt that take milliseconds to become tokens."""
 
 T = TypeVar("T")
 
@@ -168,10 +171,11 @@ async def start(
     After `patience` seconds it returns without them, and what fails then is raised with the pieces.
     """
     deadline = math.inf if patience is None else asyncio.get_running_loop().time() + patience
-    starting = [
-        asyncio.create_task(_start(request, router, engine, metrics, sessions, deadline)) for request in requests
-    ]
+    starting: list[asyncio.Task[Part]] = []
     try:
+        for request in requests:
+            starting.append(asyncio.create_task(_start(request, router, engine, metrics, sessions, deadline)))
+            await asyncio.sleep(0)  # others' turn
         return Completion(tuple(await asyncio.gather(*starting)))
     except BaseException:
         for part in await _ended(starting):
@@ -190,13 +194,15 @@ async def _start(
 ) -> Part:
     """The first attempt that begins. What the engine refuses is refused; where it fails, the next expert is tried."""
     failures: list[EngineError] = []
-    for attempt in attempts(decide(request, router, engine, sessions)):
+    for decision in attempts(await aside(router, lambda: decide(request, router, engine, sessions))):
         try:
-            decision, job = _prepare(request, attempt, engine)
+            job = await _prepare(request, decision, engine)
             echoed = _echoed(request, decision, engine)
             answers = tuple(_answer(each, request, engine, metrics) for each in _jobs(job, request))
             part = Part(request, decision, answers, echoed)
             await _begun(part, deadline)
+        except BusyError:  # whoever is sent away to come again later would be answered by a worse expert
+            raise
         except EngineError as exc:
             failures.append(exc)
             continue
@@ -207,16 +213,17 @@ async def _start(
     raise failures[0]
 
 
-def _prepare(request: Request, decision: Decision, engine: Engine) -> tuple[Decision, Job]:
-    """The checked job. Where experts cannot be mixed and nobody insists on it, the first one's alone."""
-    try:
-        return decision, engine.prepare(decision.experts, request.prompt, request.sampling)
-    except UnsupportedError as exc:
-        insists = request.limits.k is not None and request.mixture == "all"
-        if exc.param != "k" or insists or len(decision.experts) == 1:
-            raise
-        alone = best_alone(decision)
-        return alone, engine.prepare(alone.experts, request.prompt, request.sampling)
+async def _prepare(request: Request, decision: Decision, engine: Engine) -> Job:
+    """The checked job; a long prompt is made tokens in a thread."""
+    if _characters(request.prompt) < LONG:
+        return engine.prepare(decision.experts, request.prompt, request.sampling)
+    return await asyncio.to_thread(engine.prepare, decision.experts, request.prompt, request.sampling)
+
+
+def _characters(prompt: Prompt) -> int:
+    if isinstance(prompt, Tokens):
+        return 0
+    return len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)
 
 
 def _jobs(job: Job, request: Request) -> list[Job]:

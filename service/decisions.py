@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from routers.features import Features, TokenEmbeddings
 from routers.policy import NO_LIMITS, Limits, Route
-from routers.prompt import AUTO, PromptRouter, Pull
+from routers.prompt import AUTO, PromptRouter, Pull, Steps
 from service import sessions as keys
-from service.engines.base import Engine, EngineError, NotReadyError, Prompt, Sampling, Tokens
+from service.engines.base import Engine, EngineError, NotReadyError, Prompt, Sampling, Tokens, UnsupportedError
 from service.errors import RequestError
 from service.sessions import Sessions, alone, keep
 
 Mixture = Literal["all", "best"]
+T = TypeVar("T")
 
 TURNS: Final = 3
 """User turns of a chat that are routed: the last and the two before it."""
 
-SAMPLE: Final = 512
-"""Characters from a prompt's end whose tokens tell how many the whole has."""
+SAMPLE: Final = 128
+"""Characters from a prompt's end whose tokens, all of which the features count, tell how many the whole has."""
+
+LAST_TOKENS: Final = 4096
+"""Tokens of a prompt in tokens that are read, from its end."""
 
 CHEAP: Final = 0.1
 """Quality, of 1, that `auto:cheap` gives up for an expert that costs nothing beside the dearest."""
@@ -41,7 +46,7 @@ class Request:
     """One prompt, and what a client asks for; the answer ends before a stop string, or with it where `keep_stop`.
 
     n: answers wanted, the likeliest of `best_of`. echo: the prompt goes before each. session: the client's name for
-    the conversation that this belongs to.
+    the conversation that this belongs to. client: whose it is; nobody has a part in the sessions of others.
     """
 
     prompt: Prompt
@@ -55,6 +60,7 @@ class Request:
     limits: Limits = NO_LIMITS
     mixture: Mixture = "all"
     session: str | None = None
+    client: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,7 @@ class Decision:
     """The route of a request within its limits, the text that it was made from, and how long it took.
 
     session: the key that the answering expert is to be remembered by. at: when it was begun, by time.perf_counter.
+    steps: of the router, where it was asked.
     """
 
     text: str
@@ -70,6 +77,7 @@ class Decision:
     limits: Limits = NO_LIMITS
     session: str | None = None
     at: float = 0.0
+    steps: Steps | None = None
 
     @property
     def experts(self) -> dict[str, float]:
@@ -80,11 +88,12 @@ class Decision:
 def decide(request: Request, router: PromptRouter, engine: Engine, sessions: Sessions) -> Decision:
     """The one route of a request; remembers nothing.
 
-    Raises RoutingError for an unknown model, RequestError for limits that cannot be, NotReadyError or EngineError
-    where no expert that may answer is ready.
+    Raises RoutingError for an unknown model, RequestError for limits that cannot be, UnsupportedError for experts that
+    cannot be mixed, NotReadyError or EngineError where no expert that may answer is ready.
     """
     began = time.perf_counter()
     session, past = _session(request)
+    steps: Steps | None = None
     if request.model not in POLICIES:
         route = router.route("", model=request.model)
         _check_alone(request.limits)
@@ -92,10 +101,18 @@ def decide(request: Request, router: PromptRouter, engine: Engine, sessions: Ses
     else:
         limits = _within(request, router, engine)
         text = text_to_route(request.prompt, router, engine)
-        route = router.route(text, limits=limits)
+        route, steps = router.timed(text, limits)
         last = sessions.last(session) if session and past else None
         route = keep(route, last) if last else route
-    return Decision(text, route, time.perf_counter() - began, limits, session, began)
+        route = _mixable(route, request, engine)
+    return Decision(text, route, time.perf_counter() - began, limits, session, began, steps)
+
+
+async def aside(router: PromptRouter, work: Callable[[], T]) -> T:
+    """What `work` on its routes returns: in a thread where the features are a network's, and would hold up the loop."""
+    if isinstance(router.features, TokenEmbeddings):
+        return work()
+    return await asyncio.to_thread(work)
 
 
 def attempts(decision: Decision) -> Iterator[Decision]:
@@ -107,11 +124,6 @@ def attempts(decision: Decision) -> Iterator[Decision]:
     for ranked in decision.route.ranking[0 if mixed else 1 :]:
         if ranked.excluded is None:
             yield replace(decision, route=alone(decision.route, ranked.expert, "fallback"))
-
-
-def best_alone(decision: Decision) -> Decision:
-    """The first expert of a mixture, without the others."""
-    return replace(decision, route=alone(decision.route, decision.route.expert, decision.route.reason))
 
 
 def evidence(decision: Decision, router: PromptRouter) -> list[Pull]:
@@ -127,7 +139,7 @@ def text_to_route(prompt: Prompt, router: PromptRouter, engine: Engine, *, pinne
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Tokens):
-        return "" if pinned else read_tokens(router.policy.default, prompt.ids, engine, "prompt")
+        return "" if pinned else read_tokens(router.policy.default, prompt.ids[-LAST_TOKENS:], engine, "prompt")
     turns = [message.content for message in prompt if message.role == "user"]
     return "\n".join(turns[-TURNS:])
 
@@ -154,15 +166,34 @@ def estimated_tokens(prompt: Prompt, features: Features) -> int:
 def _session(request: Request) -> tuple[str | None, bool]:
     """The key of a request's session, and whether it can have a past: a chat's first turn is routed by itself."""
     if request.session:
-        return keys.named(request.session), True
+        return keys.named(request.client, request.session), True
     if isinstance(request.prompt, str | Tokens):
         return None, False
-    return keys.of_chat(request.prompt), any(message.role == "assistant" for message in request.prompt)
+    return keys.of_chat(request.client, request.prompt), any(message.role == "assistant" for message in request.prompt)
+
+
+def _mixable(route: Route, request: Request, engine: Engine) -> Route:
+    """The route; its first expert's alone where the selected ones cannot answer as one and nobody insists on it."""
+    selected = [ranked.expert for ranked in route.ranking if ranked.selected]
+    if len(selected) == 1:
+        return route
+    try:
+        engine.check_mix(selected)
+    except UnsupportedError:
+        if request.limits.k is not None and request.mixture == "all":
+            raise
+        return alone(route, route.expert, route.reason)
+    return route
 
 
 def _check_alone(limits: Limits) -> None:
-    asked = {"k": limits.k not in (None, 1), "allow": limits.allow is not None, "deny": bool(limits.deny)}
-    for param in (param for param, given in (asked | {"cost_weight": limits.cost_weight is not None}).items() if given):
+    asked = {
+        "k": limits.k not in (None, 1),
+        "allow": limits.allow is not None,
+        "deny": bool(limits.deny),
+        "cost_weight": limits.cost_weight is not None,
+    }
+    if param := next((param for param, given in asked.items() if given), None):
         raise RequestError(f"{param} is for model {AUTO!r}: a pinned expert stands alone", param)
 
 
@@ -196,8 +227,8 @@ def _ready(experts: list[str], engine: Engine) -> frozenset[str]:
 
 def _tokens(request: Request, features: Features, windows: list[float]) -> int | None:
     answer = request.sampling.max_tokens or 1
-    length = len(request.prompt.ids) if isinstance(request.prompt, Tokens) else len(_whole(request.prompt))
-    if length + answer <= min(windows):  # a token has a character at least
+    length = len(request.prompt.ids) if isinstance(request.prompt, Tokens) else len(_whole(request.prompt).encode())
+    if length + answer <= min(windows):  # a token has a byte at least
         return None
     tokens = estimated_tokens(request.prompt, features) + answer
     return None if tokens > max(windows) else tokens

@@ -16,7 +16,7 @@ from service.schemas import shapes
 from service.schemas.bodies import ChatBody, CompletionBody
 from service.schemas.feedback import FeedbackBody
 from service.schemas.fields import EXTENSION, Json, Strict
-from service.schemas.queries import DetailQuery, DetokenizeBody, EmbeddingsBody, RouteQuery, TokenizeBody
+from service.schemas.queries import DetailQuery, DetokenizeBody, EmbeddingsBody, ModelQuery, RouteQuery, TokenizeBody
 
 JSON: Final = "application/json"
 LINES: Final = "application/jsonl"
@@ -76,6 +76,7 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = {
     "routes_of_lines": Endpoint({LINES: shapes.Route}, _EITHER, LINES, DetailQuery, LINE, asks=HINTS),
     "tokenize": Endpoint({JSON: shapes.Tokens}, (TokenizeBody,), example={"prompt": "a text"}, failures=(404,)),
     "detokenize": Endpoint({JSON: shapes.Text}, (DetokenizeBody,), example={"tokens": [1, 2]}, failures=(404,)),
+    "tokenizer_info": Endpoint({JSON: shapes.Tokenizer}, query=ModelQuery, failures=(400, 404)),
     "models": Endpoint({JSON: shapes.Models}),
     "model": Endpoint({JSON: shapes.Model}, failures=(404,)),
     "version": Endpoint({JSON: shapes.Version}),

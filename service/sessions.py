@@ -38,16 +38,16 @@ class Sessions:
             self._experts.popitem(last=False)
 
 
-def named(session: str) -> str:
+def named(client: str | None, session: str) -> str:
     """The key of a session that the client names."""
-    return f"id:{session}"
+    return f"{client or ''}:id:{session}"
 
 
-def of_chat(messages: Sequence[Message]) -> str:
-    """The key of a chat: its messages up to the user's first, which every later turn begins with."""
+def of_chat(client: str | None, messages: Sequence[Message]) -> str:
+    """The key of a client's chat: its messages up to the user's first, which every later turn begins with."""
     first = next((i for i, message in enumerate(messages) if message.role == "user"), len(messages))
     opening = [(message.role, message.content) for message in messages[: first + 1]]
-    return f"chat:{hashlib.blake2b(json.dumps(opening).encode(), digest_size=16).hexdigest()}"
+    return f"{client or ''}:chat:{hashlib.blake2b(json.dumps(opening).encode(), digest_size=16).hexdigest()}"
 
 
 def keep(route: Route, last: str) -> Route:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from routers.errors import ModelGlueError
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "content_filter"]
 State = Literal["loading", "ready", "failed"]
 
 
@@ -158,9 +158,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A bit of streamed text and how many tokens it stands for; the last one alone has a finish and a usage.
+    """A bit of streamed text and how many tokens it stands for; the last one alone has a finish.
 
-    scored: those tokens, where logprobs were asked for; prompt: the prompt's, with the first piece.
+    scored: those tokens, where logprobs were asked for; prompt: the prompt's, with the first piece. usage: with the
+    first piece too, where the engine knows it by then: who stops reading early has it all the same.
     """
 
     text: str
@@ -200,10 +201,14 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What /v1/models tells of an expert: `facts` beside window, such as its dtype or what quantisation cost."""
+    """What /v1/models tells of an expert: `facts` beside window, such as its dtype or what quantisation cost.
+
+    tokenizer: its special tokens and its chat template; empty where only a remote server has it.
+    """
 
     window: int
     facts: Mapping[str, object] = field(default_factory=dict)
+    tokenizer: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def fit(expert: str, prompt: int, window: int, sampling: Sampling) -> Sampling:
@@ -232,14 +237,25 @@ class Engine(Protocol):
         ...
 
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
-        """Check and tokenise a request; cuts nothing.
+        """Check and tokenise a request; cuts nothing. For any thread.
 
-        Raises PromptError, UnsupportedError, BusyError, NotReadyError or EngineError.
+        Raises PromptError, UnsupportedError, NotReadyError or EngineError.
         """
         ...
 
     def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
-        """The answer in pieces, the last with a finish. Raises a Failure."""
+        """The answer in pieces, the last with a finish. Raises BusyError before the first, or a Failure."""
+        ...
+
+    def check_mix(self, experts: Sequence[str]) -> None:
+        """Whether these can answer as one. Raises UnsupportedError, NotReadyError or EngineError."""
+        ...
+
+    def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:
+        """A prompt of any length as the expert's tokens. For any thread.
+
+        Raises PromptError, UnsupportedError where only a remote server can, NotReadyError or EngineError.
+        """
         ...
 
     def decode(self, expert: str, ids: Sequence[int]) -> str:

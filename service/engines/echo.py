@@ -58,14 +58,22 @@ class EchoEngine:
         return About(self._window, {"engine": "echo"})
 
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
-        if len(experts) > 1 and not self._mixes:
-            raise UnsupportedError(f"{' and '.join(experts)} cannot be mixed: ask for one", "k")
+        self.check_mix(list(experts))
         if sampling.guide:
             raise UnsupportedError(
                 "an echo takes no form but the prompt's: leave response_format out", "response_format"
             )
-        tokens = prompt.ids if isinstance(prompt, Tokens) else tuple(map(_token, re.findall(r"\s*\S+", _text(prompt))))
+        tokens = self.encode(next(iter(experts)), prompt)
         return Job(experts, tokens, fit(next(iter(experts)), len(tokens), self._window, sampling), prompt)
+
+    def check_mix(self, experts: Sequence[str]) -> None:
+        if len(experts) > 1 and not self._mixes:
+            raise UnsupportedError(f"{' and '.join(experts)} cannot be mixed: ask for one", "k")
+
+    def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, Tokens):
+            return prompt.ids
+        return tuple(map(_token, re.findall(r"\s*\S+", _text(prompt))))
 
     def decode(self, expert: str, ids: Sequence[int]) -> str:
         return b"".join(map(_raw, ids)).decode("utf-8", "replace")
@@ -76,16 +84,17 @@ class EchoEngine:
         finish: Finish = "length" if len(answer) < len(words) else "stop"
         prompt = _scored(job.tokens, job.sampling.prompt_logprobs)
         prompt = (replace(prompt[0], logprob=None, top=()), *prompt[1:]) if prompt else ()
+        usage = Usage(len(job.tokens))
         self.running += 1
         try:
             for token in answer[:-1]:
                 await asyncio.sleep(self._delay)
-                yield Piece(_word(token), 1, None, _scored((token,), job.sampling.logprobs), prompt)
+                yield Piece(_word(token), 1, None, _scored((token,), job.sampling.logprobs), prompt, usage)
                 prompt = ()
             await asyncio.sleep(self._delay)
             last = answer[-1:]
             scored = _scored(last, job.sampling.logprobs)
-            yield Piece("".join(map(_word, last)), len(last), finish, scored, prompt, Usage(len(job.tokens)))
+            yield Piece("".join(map(_word, last)), len(last), finish, scored, prompt, usage)
         finally:
             self.running -= 1
             self.finished += 1

@@ -27,13 +27,16 @@ class SeveralEngines:
         return self._of[expert].about(expert)
 
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
-        first, *others = (self._of[name] for name in experts)
-        if any(engine is not first for engine in others):
-            raise UnsupportedError(f"{' and '.join(experts)} cannot be mixed: different engines run them", "k")
-        return first.prepare(experts, prompt, sampling)
+        return self._engine(list(experts)).prepare(experts, prompt, sampling)
 
     def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         return self._of[job.expert].generate(job)
+
+    def check_mix(self, experts: Sequence[str]) -> None:
+        self._engine(experts).check_mix(experts)
+
+    def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:
+        return self._of[expert].encode(expert, prompt)
 
     def decode(self, expert: str, ids: Sequence[int]) -> str:
         return self._of[expert].decode(expert, ids)
@@ -53,3 +56,10 @@ class SeveralEngines:
         for failure in failures:
             if failure is not None:
                 raise failure
+
+    def _engine(self, experts: Sequence[str]) -> Engine:
+        """That of all these. Raises UnsupportedError where they have several."""
+        first, *others = (self._of[name] for name in experts)
+        if any(engine is not first for engine in others):
+            raise UnsupportedError(f"{' and '.join(experts)} cannot be mixed: different engines run them", "k")
+        return first

@@ -7,6 +7,7 @@ import codecs
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Final, Protocol
 
 from routers.base import Vector
@@ -164,7 +165,8 @@ def usage(prompt: Usage, tokens: int) -> Json:
 
 def route(decision: Decision, facts: Json) -> Json:
     """What /route shows of a decision; `margin` and the words' pulls are in score, `ms` is the decision's alone."""
-    return {"object": "route", "text": decision.text, "ms": round(1000 * decision.seconds, 3)} | facts
+    steps = {name: _ms(seconds) for name, seconds in asdict(decision.steps).items()} if decision.steps else {}
+    return {"object": "route", "text": decision.text, "ms": _ms(decision.seconds), "steps_ms": steps} | facts
 
 
 def embeddings(vectors: Sequence[Vector], tokens: int, *, encoded: bool) -> Json:
@@ -192,6 +194,10 @@ def legacy(scored: Scored) -> str:
         return scored.raw.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in scored.raw)
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)
 
 
 def _choice(body: Body, index: int, echoed: str) -> Choice:

@@ -28,6 +28,14 @@ class DetailQuery(BaseModel):
     detail: Detail = "scores"
 
 
+class ModelQuery(BaseModel):
+    """`GET /tokenizer_info?model=...`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = AUTO
+
+
 class RouteQuery(DetailQuery, Routed):
     """`GET /route?prompt=...`; `allow` and `deny` may come several times."""
 

@@ -137,11 +137,12 @@ class Word(TypedDict):
 
 
 class Route(TypedDict):
-    """Who answers, and why; what follows `words` is there by `detail`."""
+    """Who answers, and why; what follows `words` is there by `detail`. steps_ms: those of `ms` in the router."""
 
     object: Literal["route"]
     text: str
     ms: float
+    steps_ms: dict[str, float]
     expert: str
     reason: str
     router: str
@@ -248,6 +249,17 @@ class Tokens(TypedDict):
     tokens: list[int]
     count: int
     max_model_len: int
+
+
+class Tokenizer(TypedDict):
+    """What clients that count tokens themselves ask for: the special tokens of `model`, an expert, and its template."""
+
+    model: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
 
 
 class Text(TypedDict):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from routers.features import MAX_TOKENS, TokenEmbeddings, normalise, spread
+from routers.features import CHARACTERS, MAX_TOKENS, TokenEmbeddings, normalise, spread
 from routers.prompt import PromptRouter
 
 
@@ -40,6 +40,11 @@ def test_no_tokens_give_zeros(features: TokenEmbeddings) -> None:
 def test_only_the_end_of_a_long_prompt_counts(features: TokenEmbeddings) -> None:
     long = "dragon " * 2000 + "solve " * MAX_TOKENS
     assert features.vector(long) == pytest.approx(features.vector("solve"), abs=1e-6)
+
+
+def test_of_a_very_long_prompt_only_its_end_is_read(features: TokenEmbeddings) -> None:
+    end = "solve the sum " * (CHARACTERS * MAX_TOKENS // 14 + 1)
+    assert np.array_equal(features.vector("castle " * 10 + "-" * len(end) + end), features.vector(end))
 
 
 def test_leaving_out_a_token_equals_the_prompt_without_it(features: TokenEmbeddings) -> None:

@@ -66,6 +66,19 @@ def test_who_watches_and_the_page_need_no_key(bundle: Bundle, keys: Path, path: 
         assert client.get(path).status_code == 200
 
 
+def test_a_session_is_its_keys_own(bundle: Bundle, keys: Path) -> None:
+    def reason(key: str, **body: Any) -> str:
+        headers = bearer(key) | {"x-session-id": "mine"}
+        return client.post("/v1/completions", json=BODY | body, headers=headers).headers["x-route-reason"]
+
+    with TestClient(app_of(bundle, keys)) as client:
+        assert reason("one", model="story") == "pinned"
+        assert reason("three") == "top_score"
+        assert reason("two") == "switched"  # ann's too
+        route = client.post("/route", json=BODY, headers=bearer("4") | {"x-session-id": "mine"})
+        assert route.json()["reason"] == "top_score"
+
+
 def test_a_key_over_its_rate_is_told_when_to_come_again(bundle: Bundle, keys: Path) -> None:
     with TestClient(app_of(bundle, keys)) as client:
         got = [client.post("/v1/completions", json=BODY, headers=bearer("three")) for _ in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -13,12 +14,23 @@ import pytest
 from routers.base import Router, Vector
 from routers.policy import Limits
 from routers.prompt import PromptRouter
-from service.completions import Completion, start
+from service.completions import LONG, Completion, start
 from service.decisions import Request
-from service.engines.base import BusyError, EngineError, Job, Piece, Prompt, PromptError, Sampling, UnsupportedError
+from service.engines.base import (
+    BusyError,
+    EngineError,
+    Job,
+    Message,
+    Piece,
+    Prompt,
+    PromptError,
+    Sampling,
+    UnsupportedError,
+    Usage,
+)
 from service.engines.echo import EchoEngine
 from service.metrics import Metrics
-from service.sessions import Sessions
+from service.sessions import Sessions, named
 
 
 class CountingRouter:
@@ -182,15 +194,24 @@ def test_a_bundle_that_mixes_experts_which_cannot_be_answers_with_the_best(route
     assert engine.jobs[0].experts == {"code": 1.0}
 
 
-@pytest.mark.parametrize("failure", [EngineError("code died"), BusyError("code is full")])
 @pytest.mark.parametrize("when", ["failing", "dying"])
-def test_an_expert_that_cannot_begin_is_passed_by(router: PromptRouter, failure: Exception, when: str) -> None:
+def test_an_expert_that_cannot_begin_is_passed_by(router: PromptRouter, when: str) -> None:
     engine = Recording(router.experts)
-    getattr(engine, when)["code"] = failure
+    getattr(engine, when)["code"] = EngineError("code died")
     completion = asyncio.run(whole(Request("python loop", Sampling(2)), router, engine))
     route, expected = completion.parts[0].decision.route, router.route("python loop").ranking
     assert (route.expert, route.reason) == (expected[1].expert, "fallback")
     assert [ranked.expert for ranked in route.ranking] == [expected[i].expert for i in (1, 0, 2)]
+    assert engine.running == 0
+
+
+@pytest.mark.parametrize("when", ["failing", "dying"])
+def test_an_expert_that_is_busy_is_not_passed_by_for_a_worse_one(router: PromptRouter, when: str) -> None:
+    engine = Recording(router.experts)
+    getattr(engine, when)["code"] = BusyError("code is full")
+    with pytest.raises(BusyError):
+        asyncio.run(begin(Request("python loop", Sampling(2)), router, engine))
+    assert [job.expert for job in engine.jobs] == ([] if when == "failing" else ["code"])
     assert engine.running == 0
 
 
@@ -299,6 +320,75 @@ def test_pieces_that_wait_for_their_reader_come_at_once(router: PromptRouter) ->
     assert asyncio.run(read()) == [["one"], [" two", " three", " four"]]
 
 
+def test_many_prompts_leave_the_loop_to_others_between_them(router: PromptRouter) -> None:
+    async def turns() -> int:
+        count = 0
+
+        async def others() -> None:
+            nonlocal count
+            while True:
+                count += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(others())
+        requests = [Request("one two", Sampling(1))] * 50
+        engine = Held(router.experts)
+        completion = await start(requests, router, engine, Metrics(router.experts), Sessions(), patience=0.0)
+        begun = count
+        task.cancel()
+        await completion.aclose()
+        return begun
+
+    assert asyncio.run(turns()) >= 50
+
+
+@pytest.mark.parametrize(("length", "aside"), [(LONG - 1, False), (LONG, True)])
+def test_a_long_prompt_is_made_tokens_in_a_thread(router: PromptRouter, length: int, aside: bool) -> None:
+    class Threaded(EchoEngine):
+        thread: threading.Thread | None = None
+
+        def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
+            self.thread = threading.current_thread()
+            return super().prepare(experts, prompt, sampling)
+
+    for prompt in ("x" * length, (Message("user", "x" * length),)):
+        engine = Threaded(router.experts)
+        asyncio.run(whole(Request(prompt, Sampling(1)), router, engine))
+        assert (engine.thread is not threading.main_thread()) == aside
+
+
+def test_a_network_embeds_in_a_thread(router: PromptRouter) -> None:
+    class Network:
+        """Features that are no table."""
+
+        kind = "network"
+        dimension = router.features.dimension
+        without_each, arrays = router.features.without_each, router.features.arrays
+        threads: ClassVar[list[threading.Thread]] = []
+
+        def vector(self, text: str) -> Vector:
+            self.threads.append(threading.current_thread())
+            return router.features.vector(text)
+
+    slow = replace(router, features=Network())
+    completion = asyncio.run(whole(Request("python loop", Sampling(1)), slow, EchoEngine(router.experts)))
+    assert experts(completion) == ["code"]
+    assert threading.main_thread() not in Network.threads
+
+
+def test_what_was_cached_is_told_of_answers_that_a_stop_string_ends(router: PromptRouter) -> None:
+    class Cached(EchoEngine):
+        async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+            async with aclosing(super().generate(job)) as pieces:
+                async for piece in pieces:
+                    yield replace(piece, usage=Usage(len(job.tokens), cached=2))
+
+    completion = asyncio.run(
+        whole(Request("one two three", Sampling(3), stop=("two",)), router, Cached(router.experts))
+    )
+    assert completion.usage == Usage(3, cached=2)
+
+
 def test_who_answers_a_session_is_remembered(router: PromptRouter) -> None:
     sessions, engine = Sessions(), Recording(router.experts)
     engine.dying["code"] = EngineError("code died")
@@ -309,7 +399,7 @@ def test_who_answers_a_session_is_remembered(router: PromptRouter) -> None:
         await async_.aclose()
         return async_.parts[0].decision.route.expert
 
-    assert asyncio.run(answer()) == sessions.last("id:mine") != "code"
+    assert asyncio.run(answer()) == sessions.last(named(None, "mine")) != "code"
 
 
 class Held(EchoEngine):

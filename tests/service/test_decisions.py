@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from routers.errors import RoutingError
+from routers.features import MAX_TOKENS, TokenEmbeddings
 from routers.policy import Limits
 from routers.prompt import AUTO, PromptRouter
-from service.decisions import CHEAP, Decision, Request, attempts, decide, estimated_tokens, text_to_route
-from service.engines.base import EngineError, Message, NotReadyError, Sampling, State, Status, Tokens
+from service.decisions import CHEAP, Decision, Mixture, Request, attempts, decide, estimated_tokens, text_to_route
+from service.engines.base import EngineError, Message, NotReadyError, Sampling, State, Status, Tokens, UnsupportedError
 from service.engines.echo import EchoEngine
 from service.errors import RequestError
-from service.sessions import MARGIN, Sessions, keep, of_chat
+from service.sessions import MARGIN, Sessions, keep, named, of_chat
 
 PROMPTS = ["python loop", "sum divide", "the owl", "add a fraction"]
 
@@ -91,6 +94,20 @@ def test_the_estimate_is_near_the_routers_tokens(router: PromptRouter, words: in
     assert estimated_tokens(Tokens((1, 2, 3)), router.features) == 3
 
 
+def test_characters_of_several_tokens_each_count_as_such(router: PromptRouter) -> None:
+    class Bytes(TokenEmbeddings):
+        """A token for every byte, of which no more count than do elsewhere."""
+
+        def tokens(self, text: str) -> list[int]:
+            return [0 for _ in text.encode()][-MAX_TOKENS:]
+
+    features = Bytes(Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), np.zeros((1, 16), np.float16), np.zeros(16))
+    small = replace(router.policy, windows={"code": 1000, "math": 9000, "story": 9000})
+    request = Request("的" * 600, Sampling(16))
+    ranking = decided(PromptRouter(features, router.router, small), request).route.ranking
+    assert {ranked.expert: ranked.excluded for ranked in ranking}["code"] == "context_window"
+
+
 def test_allowed_and_denied_experts_decide_among_the_others(router: PromptRouter) -> None:
     denied = decided(router, Request("python loop", limits=Limits(deny=frozenset(["code"])))).route
     assert denied.expert == router.route("python loop").ranking[1].expert
@@ -159,7 +176,7 @@ def test_after_the_first_attempt_the_others_follow_by_rank(router: PromptRouter)
 @pytest.mark.parametrize(("before", "prompt"), list(itertools.product(["math", "code", "story"], PROMPTS)))
 def test_a_session_stays_unless_another_is_ahead_by_the_margin(router: PromptRouter, before: str, prompt: str) -> None:
     sessions = Sessions()
-    sessions.answered("id:mine", before)
+    sessions.answered(named(None, "mine"), before)
     leader = router.route(prompt).expert
     scores = {ranked.expert: ranked.score for ranked in router.route(prompt).ranking}
     route = decided(router, Request(prompt, session="mine"), sessions=sessions).route
@@ -170,14 +187,14 @@ def test_a_session_stays_unless_another_is_ahead_by_the_margin(router: PromptRou
 
 def test_a_prompt_that_says_nothing_does_not_end_a_session(router: PromptRouter) -> None:
     sessions = Sessions()
-    sessions.answered("id:mine", "code")
+    sessions.answered(named(None, "mine"), "code")
     route = decided(router, Request("", session="mine"), sessions=sessions).route
     assert (route.expert, route.reason) == ("code", "retained")
 
 
 def test_a_session_whose_expert_may_not_answer_is_switched(router: PromptRouter) -> None:
     sessions = Sessions()
-    sessions.answered("id:mine", "code")
+    sessions.answered(named(None, "mine"), "code")
     request = Request("python loop", session="mine", limits=Limits(deny=frozenset(["code"])))
     route = decided(router, request, sessions=sessions).route
     assert (route.expert != "code", route.reason) == (True, "switched")
@@ -194,7 +211,7 @@ def test_a_lead_below_the_margin_is_not_enough(router: PromptRouter) -> None:
 
 def test_a_mixture_and_a_pinned_expert_are_as_asked_for(router: PromptRouter) -> None:
     sessions = Sessions()
-    sessions.answered("id:mine", "story")
+    sessions.answered(named(None, "mine"), "story")
     for request in (
         Request("python loop", session="mine", limits=Limits(k=2)),
         Request("x", model="code", session="mine"),
@@ -206,12 +223,43 @@ def test_a_chat_is_known_by_how_it_begins_once_it_has_been_answered(router: Prom
     opening = (Message("system", "Be brief."), Message("user", "the owl"))
     turn = (*opening, Message("assistant", "Hoo."), Message("user", "and?"))
     sessions = Sessions()
-    sessions.answered(of_chat(opening), "math")
+    sessions.answered(of_chat(None, opening), "math")
     assert decided(router, Request(turn), sessions=sessions).route.expert == "math"
     # The same words may begin another's chat.
     assert decided(router, Request(opening), sessions=sessions).route.expert == "story"
     other = (Message("system", "Be long."), *turn[1:])
     assert decided(router, Request(other), sessions=sessions).route.reason not in ("retained", "switched")
+
+
+def test_nobody_has_a_part_in_the_sessions_of_others(router: PromptRouter) -> None:
+    sessions = Sessions()
+    chat = (Message("user", "the owl"), Message("assistant", "Hoo."), Message("user", "and?"))
+    sessions.answered(named("ann", "mine"), "math")
+    sessions.answered(of_chat("ann", chat), "math")
+    for request in (Request(chat), Request("the owl", session="mine")):
+        own = decided(router, replace(request, client="ann"), sessions=sessions).route
+        assert own.reason in ("retained", "switched")
+        alone = decided(router, request).route
+        for other in ("bob", None):
+            assert decided(router, replace(request, client=other), sessions=sessions).route == alone
+
+
+@pytest.mark.parametrize("mixture", ["all", "best"])
+def test_experts_that_cannot_be_mixed_are_no_route(router: PromptRouter, mixture: Mixture) -> None:
+    engine = EchoEngine(router.experts, mixes=False)
+    request = Request("python loop", limits=Limits(k=2), mixture=mixture)
+    if mixture == "all":
+        with pytest.raises(UnsupportedError):
+            decided(router, request, engine)
+    else:
+        assert decided(router, request, engine).experts == {"code": 1.0}
+
+
+def test_tokens_are_counted_and_not_estimated(router: PromptRouter) -> None:
+    small = replace(router, policy=replace(router.policy, windows={"code": 100, "math": 9000, "story": 9000}))
+    tokens = [Tokens(tuple(range(count))) for count in (80, 200)]
+    found = [decided(small, Request(each, Sampling(16)), EchoEngine(router.experts)).route for each in tokens]
+    assert [{r.expert: r.excluded for r in route.ranking}["code"] for route in found] == [None, "context_window"]
 
 
 def test_the_sessions_that_were_silent_longest_are_forgotten() -> None:

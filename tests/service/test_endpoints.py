@@ -137,8 +137,10 @@ def test_route_tells_as_much_as_it_is_asked(client: TestClient) -> None:
     assert full["evidence"]["near"][0]["experts"] == ["code"]
     without = next(each for each in full["counterfactuals"] if each["if"] == "without code")
     assert without["expert"] == scores["experts"][1]["expert"]
-    for name in basic.keys() - {"ms"}:
+    for name in basic.keys() - {"ms", "steps_ms"}:
         assert basic[name] == scores[name] == full[name]
+    assert list(full["steps_ms"]) == ["features", "estimate", "policy"]
+    assert 0 < sum(full["steps_ms"].values()) <= full["ms"] + 0.002
     refused = client.post("/route", params={"detail": "all"}, json=asked)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "detail")
 
@@ -183,6 +185,16 @@ def test_not_ready_while_an_expert_loads_and_says_how_far_each_is(bundle: Bundle
     assert ready.status_code == 503
     assert ready.json()["experts"]["code"] == {"state": "failed", "detail": "no weights"}
     assert (models["math"]["state"], models["math"]["window"]) == ("loading", None)
+
+
+def test_ready_once_none_loads_and_any_can_answer(bundle: Bundle) -> None:
+    class Settled(EchoEngine):
+        def status(self) -> dict[str, Status]:
+            return super().status() | {"story": Status("failed", "no weights")}  # the default
+
+    with TestClient(create_app(bundle, Settled(bundle.router.experts))) as client:
+        assert client.get("/readyz").status_code == 200
+        assert client.post("/v1/completions", json={"prompt": ""}).json()["model"] != "story"
 
 
 def test_metrics_count_answers_and_routes_by_expert(client: TestClient) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -17,16 +18,16 @@ from routers.bundle import Bundle
 from routers.prompt import PromptRouter
 from service.api import MAX_BATCH
 from service.app import create_app
-from service.engines.base import Job, Prompt, Sampling
+from service.engines.base import About, BusyError, Job, Piece, Prompt, UnsupportedError
 from service.engines.echo import EchoEngine
 
 
 class Marked(EchoEngine):
     """Begins every text, also an empty one, with a mark, as many tokenizers do."""
 
-    def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
+    def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:
         text = prompt if isinstance(prompt, str) else "a chat"
-        return super().prepare(experts, f"<s> {text}", sampling)
+        return super().encode(expert, f"<s> {text}")
 
 
 def test_embeddings_are_the_vectors_that_prompts_are_routed_by(client: TestClient, router: PromptRouter) -> None:
@@ -54,6 +55,40 @@ def test_tokens_there_and_back(client: TestClient) -> None:
 def test_a_chat_has_tokens_too(client: TestClient) -> None:
     body = {"messages": [{"role": "user", "content": "write a loop"}], "model": "code"}
     assert client.post("/tokenize", json=body).json()["count"] == 3
+
+
+def test_a_text_over_every_window_has_tokens_too_and_no_queue_is_in_their_way(bundle: Bundle) -> None:
+    class Full(EchoEngine):
+        async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
+            raise BusyError("all places are taken: come again later")
+            yield
+
+    with TestClient(create_app(bundle, Full(bundle.router.experts))) as client:
+        assert client.post("/v1/completions", json={"prompt": "word"}).status_code == 429
+        assert client.post("/tokenize", json={"prompt": "word " * 100}).json()["count"] == 100
+
+
+def test_what_only_another_server_can_make_tokens_of_is_refused(bundle: Bundle) -> None:
+    class Elsewhere(EchoEngine):
+        def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:
+            raise UnsupportedError(f"only {expert}'s server has its tokenizer: ask it there", "model")
+
+    with TestClient(create_app(bundle, Elsewhere(bundle.router.experts))) as client:
+        for answer in (client.post("/tokenize", json={"prompt": "word"}), client.get("/tokenizer_info")):
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+
+
+def test_a_tokenizers_own_marks_and_template_are_told(bundle: Bundle) -> None:
+    told = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": None, "unk_token": "?", "chat_template": "{{ x }}"}
+
+    class Telling(EchoEngine):
+        def about(self, expert: str) -> About:
+            return replace(super().about(expert), tokenizer=told)
+
+    with TestClient(create_app(bundle, Telling(bundle.router.experts))) as client:
+        assert client.get("/tokenizer_info").json() == {"model": "story", **told}
+        assert client.get("/tokenizer_info", params={"model": "math"}).json() == {"model": "math", **told}
+        assert client.get("/tokenizer_info", params={"model": "gpt"}).status_code == 404
 
 
 def test_special_tokens_can_be_left_out(bundle: Bundle) -> None:
@@ -89,6 +124,14 @@ def test_a_tokens_model_must_be_there(client: TestClient) -> None:
         assert client.post(path, json=body | {"model": "gpt"}).status_code == 404
 
 
+def test_a_line_of_a_batch_is_no_longer_than_a_body(bundle: Bundle) -> None:
+    with TestClient(create_app(bundle, EchoEngine(bundle.router.experts), max_body=100)) as client:
+        lines = [json.dumps({"prompt": "word " * count}) for count in (1, 100)]
+        first, second = map(json.loads, client.post("/route/batch", content="\n".join(lines)).text.splitlines())
+    assert first["object"] == "route"
+    assert second["error"]["code"] == "line_too_large"
+
+
 @pytest.mark.parametrize("path", ["/route/batch", "/v1/route/batch"])
 def test_a_batch_has_a_route_or_an_error_for_every_line_in_order(client: TestClient, path: str) -> None:
     bodies: list[dict[str, Any]] = [
@@ -102,7 +145,8 @@ def test_a_batch_has_a_route_or_an_error_for_every_line_in_order(client: TestCli
     response = client.post(path, params={"detail": "basic"}, content="\n".join(lines))
     assert (response.status_code, response.headers["content-type"]) == (200, "application/jsonl")
     first, second, wrong, unknown, pinned, garbled = map(json.loads, response.text.splitlines())
-    assert {**first, "ms": 0} == {**client.post("/route?detail=basic", json=bodies[0]).json(), "ms": 0}
+    untimed = {"ms": 0, "steps_ms": {}}
+    assert first | untimed == client.post("/route?detail=basic", json=bodies[0]).json() | untimed
     assert (second["text"], pinned["reason"]) == ("the owl", "pinned")
     assert [each["error"]["code"] for each in (unknown, garbled)] == ["model_not_found", "invalid_json"]
     assert wrong["error"]["param"] == "k"

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from service.engines.local import ops
-from service.engines.local.forward import Segment, Step, attend_span
+from service.engines.local.forward import Segment, Step, attend_step, windows_of
 from service.engines.local.graphs import Graphs, Inputs
 from service.engines.local.linear import Linear
 from service.engines.local.ops import Shape
@@ -92,7 +92,10 @@ class Decoder:
         step = Step(segments, self.shape.width, memory.device)
         if memory.device.type == "cuda" and step.is_plain:
             return self._graphs(memory).run(step)
-        attend = partial(self._attend, step, memory)
+
+        def attend(number: int, window: int | None, qkv_TX: Tensor) -> Tensor:
+            return attend_step(qkv_TX, step, memory, number, self.shape, scale=self._scale, window=window)
+
         hidden_TH, delta_TH = self._layers_over(step.ids_T, step.positions_T, step.slots_T, memory, attend)
         rows_R = step.rows_R
         return self._head(ops.norm(hidden_TH[rows_R], self._final_H, self._eps, delta_TH[rows_R]))
@@ -132,20 +135,6 @@ class Decoder:
     def _embed(self, ids_T: Tensor) -> Tensor:
         return self._head.rows(ids_T) if self._embeddings_VH is None else self._embeddings_VH[ids_T]
 
-    def _attend(self, step: Step, memory: Tensor, number: int, window: int | None, qkv_TX: Tensor) -> Tensor:
-        shape, singles, found = self.shape, step.singles, []
-        if ops.attends_in_c(memory, shape):
-            return ops.attend(qkv_TX, memory, step.tables_TP, step.lengths_T, number, shape, self._scale, window)
-        if singles:
-            tables_BP, lengths_B = step.tables_BP, step.lengths_B
-            found.append(ops.attend(qkv_TX[:singles], memory, tables_BP, lengths_B, number, shape, self._scale, window))
-        for (segment, span), table_P in zip(step.spans, step.tables, strict=True):
-            k_HSD, v_HSD = ops.gather(memory, table_P, segment.end, number, shape)
-            q_TX = qkv_TX[span, : shape.heads * shape.width]
-            q_THD = q_TX.view(-1, shape.heads, shape.width)
-            found.append(attend_span(q_THD, k_HSD, v_HSD, scale=self._scale, window=window).reshape(q_TX.shape))
-        return found[0] if len(found) == 1 else torch.cat(found)
-
 
 def _layer(config: Any, shape: Shape, number: int, weights: Weights) -> Layer:
     inside, hidden, wide = f"model.layers.{number}", config.hidden_size, config.intermediate_size
@@ -164,11 +153,5 @@ def _layer(config: Any, shape: Shape, number: int, weights: Weights) -> Layer:
         weights.linear([f"{inside}.mlp.down_proj"], [hidden], wide),
         head_norm("q"),
         head_norm("k"),
-        _window(config, number),
+        windows_of(config)[number],
     )
-
-
-def _window(config: Any, number: int) -> int | None:
-    kinds = getattr(config, "layer_types", None)
-    slides = kinds is None or kinds[number] == "sliding_attention"
-    return getattr(config, "sliding_window", None) if slides else None

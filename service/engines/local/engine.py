@@ -7,9 +7,8 @@ import logging
 import math
 import os
 import threading
-from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -56,8 +55,8 @@ PAGES_A_CHUNK = 8
 class Options:
     """How the engine runs.
 
-    most: requests of an expert that run at a time; queue: those that wait at most. chunk: tokens of prompts in a round,
-    half of it while somebody writes.
+    most: requests of an expert that run at a time; queue: those beside them that wait at most. chunk: tokens of
+    prompts in a round, half of it while somebody writes.
     kv_bytes: of key-value memory, for all experts together; None is a share of what is free. dtype: bf16 where the
     machine computes in it, else fp32. kinds: of the linear layers of the
     experts that are named. memory_bytes: of all experts' weights, the others wait on disk; patience: seconds until who
@@ -86,7 +85,7 @@ class LocalEngine:
         self._status = dict.fromkeys(folders, Status("loading"))
         self._experts: dict[str, Expert] = {}
         self._open: set[Request] = set()
-        self._waiting = dict.fromkeys(folders, 0)
+        self._places, self._waiting = dict.fromkeys(folders, 0), dict.fromkeys(folders, 0)
         self._loop: asyncio.AbstractEventLoop | None = None
         threads = options.threads or default_threads()
         self._worker = Worker(
@@ -107,24 +106,21 @@ class LocalEngine:
 
     def load(self) -> dict[str, Load]:
         loads = self._worker.loads()
-        running = Counter(request.job.expert for request in self._open)
         return {
-            name: replace(loads.get(name, Load()), running=running[name] - waiting, waiting=waiting)
+            name: replace(loads.get(name, Load()), running=self._places[name] - waiting, waiting=waiting)
             for name, waiting in self._waiting.items()
         }
 
     def about(self, expert: str) -> About:
         loaded = self._expert(expert)
-        return About(loaded.window, loaded.facts)
+        names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+        return About(loaded.window, loaded.facts, {name: getattr(loaded.tokenizer, name) for name in names})
 
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
+        self.check_mix(list(experts))
         loaded = [self._expert(name) for name in experts]
         first = loaded[0]
-        if len({(expert.alphabet.digest, expert.vocabulary) for expert in loaded}) > 1:
-            raise UnsupportedError(f"{', '.join(experts)} have different vocabularies: they cannot be mixed", "k")
-        if sum(expert.bytes for expert in loaded) > (self._options.memory_bytes or math.inf):
-            raise UnsupportedError(f"{', '.join(experts)} do not fit into the memory budget together", "k")
-        tokens = prompt.ids if isinstance(prompt, Tokens) else encode(first, prompt)
+        tokens = prompt.ids if isinstance(prompt, Tokens) else encode(first, prompt, within=first.window)
         if isinstance(prompt, Tokens) and not all(0 <= id_ < first.vocabulary for id_ in tokens):
             raise PromptError(f"a token of the prompt is not one of {first.name}'s {first.vocabulary}")
         if not tokens:
@@ -137,8 +133,6 @@ class LocalEngine:
         total = len(tokens) + (sampling.max_tokens or 0)
         if not self._worker.fits(experts, total):
             raise PromptError(f"{total} tokens are more than the key-value memory holds: ask for fewer")
-        if self._waiting[first.name] >= self._options.queue:
-            raise BusyError(f"{self._waiting[first.name]} requests wait for {first.name}: come again later")
         return Job(experts, tuple(tokens), sampling, prompt)
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
@@ -147,28 +141,34 @@ class LocalEngine:
         if not sampling.max_tokens and sampling.prompt_logprobs is None:
             yield Piece("", 0, "length", usage=Usage(len(job.tokens)))
             return
-        request = await self._request(job, expert)
-        self._worker.submit(request)
-        self._open.add(request)
-        self._waiting[job.expert] += 1
-        waits = True
-        answer = _Answer(job, expert)
-        try:
-            while True:
-                news = await request.inbox.get()
-                if waits:
-                    self._waiting[job.expert] -= 1
-                    waits = False
-                if isinstance(news, Failure):
-                    raise news
-                if piece := answer.add(news):
-                    yield piece
-                    if piece.finish:
-                        return
-        finally:
-            self._waiting[job.expert] -= waits
-            self._open.discard(request)
-            self._worker.cancel(request)
+        with self._place(job.expert) as begun:
+            request = await self._request(job, expert)
+            self._worker.submit(request)
+            self._open.add(request)
+            answer = _Answer(job, expert)
+            try:
+                while True:
+                    news = await request.inbox.get()
+                    begun()
+                    if isinstance(news, Failure):
+                        raise news
+                    if piece := answer.add(news):
+                        yield piece
+                        if piece.finish:
+                            return
+            finally:
+                self._open.discard(request)
+                self._worker.cancel(request)
+
+    def check_mix(self, experts: Sequence[str]) -> None:
+        loaded = [self._expert(name) for name in experts]
+        if len({(expert.alphabet.digest, expert.vocabulary) for expert in loaded}) > 1:
+            raise UnsupportedError(f"{', '.join(experts)} have different vocabularies: they cannot be mixed", "k")
+        if sum(expert.bytes for expert in loaded) > (self._options.memory_bytes or math.inf):
+            raise UnsupportedError(f"{', '.join(experts)} do not fit into the memory budget together", "k")
+
+    def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:
+        return prompt.ids if isinstance(prompt, Tokens) else encode(self._expert(expert), prompt)
 
     def decode(self, expert: str, ids: Sequence[int]) -> str:
         loaded = self._expert(expert)
@@ -191,6 +191,26 @@ class LocalEngine:
         if self._loader.is_alive():
             await asyncio.to_thread(self._loader.join, PATIENCE)
         self._experts.clear()
+
+    @contextmanager
+    def _place(self, expert: str) -> Iterator[Callable[[], None]]:
+        """One of an expert's places, to run or to wait in; with what to call once it has begun. Raises BusyError."""
+        if self._places[expert] >= self._options.most + self._options.queue:
+            raise BusyError(f"{self._places[expert]} requests are running at {expert} or wait for it: come again later")
+        waits = True
+
+        def begun() -> None:
+            nonlocal waits
+            self._waiting[expert] -= waits
+            waits = False
+
+        self._places[expert] += 1
+        self._waiting[expert] += 1
+        try:
+            yield begun
+        finally:
+            begun()
+            self._places[expert] -= 1
 
     async def _request(self, job: Job, expert: Expert) -> Request:
         guide, matcher = job.sampling.guide, None
@@ -271,12 +291,11 @@ class _Answer:
             text = "" if news.finish == "stop" else self._text.add(news.pick.id)
         if news.finish is None and not text:
             return None
-        piece = Piece(text, self._count, scored=self._scored, prompt=self._prompt)
-        self._count, self._scored, self._prompt = 0, (), ()
-        if news.finish is None:
-            return piece
+        text += self._text.rest() if news.finish else ""
         usage = Usage(len(self._job.tokens), news.cached, news.queued)
-        return replace(piece, text=text + self._text.rest(), finish=news.finish, usage=usage)
+        piece = Piece(text, self._count, news.finish, self._scored, self._prompt, usage)
+        self._count, self._scored, self._prompt = 0, (), ()
+        return piece
 
     def _score(self, pick: Pick) -> Scored:
         top = tuple(Scored(id_, self._raw(id_), logprob) for id_, logprob in pick.top)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 import composed  # noqa: F401 - transformers then loads such checkpoints without running code of theirs
@@ -67,21 +69,42 @@ class Expert:
             model: Model = self._decoder(kind, progress)
             if kind is not None and "perplexity" not in self.facts:
                 self._measure(model)
+            _try(model, how)
         else:
-            model = _hosted(self.folder, how, kind)
+            model = self._hosted(kind)
         if model.shape != self.shape or model.vocabulary != self.vocabulary:
             raise EngineError(f"the weights in {self.folder} are not those that its config.json describes")
-        _try(model, how)
         return model
 
     def _decoder(self, kind: Kind | Bits | None, progress: Callable[[float], None] = lambda share: None) -> Decoder:
         with Weights(self.folder, self.how.dtype, self.how.device, kind, self.how.shared, progress) as weights:
             return Decoder(self.config, weights)
 
+    def _hosted(self, kind: Kind | Bits | None) -> Hosted:
+        folder, how = self.folder, self.how
+        if kind is not None:
+            raise EngineError(f"{folder} is not of the Llama family: it cannot be served in {kind}; leave that out")
+        disable_progress_bar()  # a log is no terminal
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=how.dtype, local_files_only=True, output_loading_info=True, attn_implementation=ATTENTION
+        )
+        # transformers fills such tensors with random numbers and only warns.
+        if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+            raise EngineError(f"{len(lost)} tensors are missing in {folder} or have another shape, first {lost[0]}")
+        with _exchanging(folder, type(loaded)):
+            model = Hosted(loaded.eval().to(how.device))
+            model.check(self._text(), how.dtype)
+        return model
+
+    def _text(self) -> list[int]:
+        """A text of ours in its vocabulary."""
+        tokens: list[int] = self.tokenizer(loss.TEXT, add_special_tokens=True)["input_ids"]
+        return tokens
+
     def _measure(self, model: Model) -> None:
         """Tell what fewer bits cost, once."""
-        tokens = self.tokenizer(loss.TEXT, add_special_tokens=True)["input_ids"]
-        self.facts.update(asdict(loss.measure(model, self._decoder(None), tokens, self.how.dtype, self.how.device)))
+        found = loss.measure(model, self._decoder(None), self._text(), self.how.dtype, self.how.device)
+        self.facts.update(asdict(found))
 
 
 def read(name: str, folder: Path, how: Loading) -> Expert:
@@ -100,10 +123,15 @@ def read(name: str, folder: Path, how: Loading) -> Expert:
 
 
 def config_of(folder: Path) -> Any:
-    """The model's config. Raises EngineError where there is none."""
+    """The model's config. Raises EngineError where there is none, or such a model cannot be served."""
     if not (folder / "config.json").is_file():
         raise EngineError(f"no config.json in {folder}: is the bundle complete?")
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if not decoder.is_ours(config):
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), type(config))
+        with _exchanging(folder, model_class):
+            hosted.admit(model_class, config)
+    return config
 
 
 def shape_of(config: Any) -> Shape:
@@ -124,22 +152,19 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or _native_bf16() else torch.float32
 
 
-def _hosted(folder: Path, how: Loading, kind: Kind | Bits | None) -> Hosted:
-    if kind is not None:
-        raise EngineError(f"{folder} is not of the Llama family: it cannot be served in {kind}; leave that out")
-    disable_progress_bar()  # a log is no terminal
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=how.dtype, local_files_only=True, output_loading_info=True, attn_implementation=ATTENTION
-    )
-    # transformers fills such tensors with random numbers and only warns.
-    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        raise EngineError(f"{len(lost)} tensors are missing in {folder} or have another shape, first {lost[0]}")
-    if not hosted.is_hosted(type(model)):
+@contextmanager
+def _exchanging(folder: Path, model: type[Any]) -> Iterator[None]:
+    """Whatever is raised while a model's attention is exchanged says that it cannot be."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as exc:  # modules stumble in all ways over a cache that is not theirs
+        why = str(exc) if isinstance(exc, EngineError) else repr(exc)
         raise EngineError(
-            f"{folder} is a {type(model).__name__}, whose attention cannot be exchanged: serve it elsewhere, "
-            "with --expert NAME=URL"
-        )
-    return Hosted(model.eval().to(how.device))
+            f"{folder} is a {model.__name__}, whose attention cannot be exchanged: serve it elsewhere, "
+            f"with --expert NAME=URL ({why})"
+        ) from exc
 
 
 def _try(model: Model, how: Loading) -> None:
@@ -157,7 +182,7 @@ def _native_bf16() -> bool:
 
 
 def _eos(config: Any, folder: Path, tokenizer: Any) -> frozenset[int]:
-    stated = config.eos_token_id
+    stated = getattr(config, "eos_token_id", getattr(config.get_text_config(decoder=True), "eos_token_id", None))
     if (folder / "generation_config.json").exists():
         stated = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
     ids = stated if isinstance(stated, list) else [stated]

@@ -13,7 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from service.engines.base import EngineError
+from service.engines.local import ops
 from service.engines.local.ops import PAGE, Shape
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""What a config calls the kinds of attention that are served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +162,71 @@ class Model(Protocol):
         ...
 
 
-def attend_span(q_THD: Tensor, k_HSD: Tensor, v_HSD: Tensor, *, scale: float, window: int | None = None) -> Tensor:
+def windows_of(config: Any) -> list[int | None]:
+    """How many tokens each layer of a text model sees, None for all. Raises EngineError for layers of other kinds."""
+    kinds = getattr(config, "layer_types", None) or [SLIDING] * config.num_hidden_layers
+    if others := sorted(set(kinds) - {FULL, SLIDING}):
+        raise EngineError(f"it has layers of {', '.join(others)}")
+    return [getattr(config, "sliding_window", None) if kind == SLIDING else None for kind in kinds]
+
+
+def attend_step(
+    q_TX: Tensor,
+    step: Step,
+    memory: Tensor,
+    layer: int,
+    shape: Shape,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """What each token of a step sees of its own sequence, [T, heads * D]; its q begins its row of q_TX.
+
+    The step's keys and values are in the memory. softcap, sinks_H: see `_scored`.
+    """
+    plain, own = softcap is None and sinks_H is None, shape.heads * shape.width
+    if plain and ops.attends_in_c(memory, shape):
+        return ops.attend(q_TX, memory, step.tables_TP, step.lengths_T, layer, shape, scale, window)
+    found, spans, tables = [], step.spans, step.tables
+    if step.singles and plain:
+        where = (step.tables_BP, step.lengths_B)
+        found.append(ops.attend(q_TX[: step.singles], memory, *where, layer, shape, scale, window))
+    elif step.singles:
+        spans = [(segment, slice(i, i + 1)) for i, segment in enumerate(step.segments[: step.singles])] + spans
+        tables = [*step.tables_BP, *tables]
+    for (segment, span), table_P in zip(spans, tables, strict=True):
+        k_HSD, v_HSD = ops.gather(memory, table_P, segment.end, layer, shape)
+        q_THD = q_TX[span, :own].view(-1, shape.heads, shape.width)
+        out_THD = attend_span(q_THD, k_HSD, v_HSD, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H)
+        found.append(out_THD.reshape(-1, own))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def attend_span(
+    q_THD: Tensor,
+    k_HSD: Tensor,
+    v_HSD: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """Attention [T, H, D] of a sequence's last T tokens over all S of it; grouped queries have fewer keys' heads."""
     new, heads = q_THD.shape[:2]
     total, groups = k_HSD.shape[1], heads // k_HSD.shape[0]
-    keys, values = (
-        states.repeat_interleave(groups, 0)[None] if groups > 1 else states[None] for states in (k_HSD, v_HSD)
-    )
+    if groups > 1:
+        k_HSD, v_HSD = k_HSD.repeat_interleave(groups, 0), v_HSD.repeat_interleave(groups, 0)
+    q_HTD = q_THD.transpose(0, 1)
+    if softcap is not None or sinks_H is not None:
+        seen_TS = causal(new, total, window, q_THD.device)
+        return _scored(q_HTD, k_HSD, v_HSD, seen_TS, scale, softcap, sinks_H).transpose(0, 1)
     whole = new == total and (window is None or window >= total)
     mask_TS = None if whole else causal(new, total, window, q_THD.device)
     out = torch.nn.functional.scaled_dot_product_attention(
-        q_THD.transpose(0, 1)[None], keys, values, attn_mask=mask_TS, is_causal=whole, scale=scale
+        q_HTD[None], k_HSD[None], v_HSD[None], attn_mask=mask_TS, is_causal=whole, scale=scale
     )
     return out[0].transpose(0, 1)
 
@@ -176,3 +235,27 @@ def causal(new: int, total: int, window: int | None, device: torch.device) -> Te
     """Which of `total` tokens each of the last `new` sees [new, total]."""
     seen_TS = torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
     return seen_TS if window is None else seen_TS.triu(total - new - window + 1)
+
+
+def _scored(
+    q_HTD: Tensor,
+    k_HSD: Tensor,
+    v_HSD: Tensor,
+    seen_TS: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Attention whose scores are changed first: s becomes softcap * tanh(s / softcap), as Gemma 2's.
+
+    Beside them a head's sink takes part in the softmax and gives nothing, as gpt-oss's.
+    """
+    scores_HTS = (q_HTD @ k_HSD.transpose(1, 2)).float() * scale
+    if softcap is not None:
+        scores_HTS = softcap * torch.tanh(scores_HTS / softcap)
+    scores_HTS = scores_HTS.masked_fill(~seen_TS, float("-inf"))
+    if sinks_H is not None:
+        sinks_HT1 = sinks_H.float()[:, None, None].expand(-1, len(seen_TS), 1)
+        scores_HTS = torch.cat((scores_HTS, sinks_HT1), dim=-1)
+    weights_HTS = scores_HTS.softmax(-1)[..., : k_HSD.shape[1]].to(q_HTD.dtype)
+    return weights_HTS @ v_HSD

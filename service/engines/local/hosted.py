@@ -8,21 +8,38 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, Cache
+from transformers import AttentionInterface, Cache, PretrainedConfig
 
 from composed import ComposedCache, ComposedConfig
 from service.engines.base import EngineError
-from service.engines.local import ops
-from service.engines.local.forward import Segment, Step, attend_span
-from service.engines.local.ops import Shape
+from service.engines.local import forward, ops
+from service.engines.local.forward import Segment, Step, attend_span, attend_step
+from service.engines.local.ops import PAGE, Shape
 
 ATTENTION = "modelglue_paged"
+NEUTRAL = ("cache_position", "output_router_logits", "position_ids", "use_cache")
+"""What modules hand on to attention that changes nothing in it."""
+TRIED = 40
+"""Of how many tokens a text is by which a model is tried; so many more than a layer's window, if that is narrow."""
+NARROW = 128
+"""Tokens of a window beyond which a model is tried. Of a wider one it is only seen whether it is the config's."""
+NEAR = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""How far logits may be from others of the same model, in parts of their spread.
+
+In bf16 rounding makes a twentieth in SmolLM2-135M and a tenth in 48 layers of mixed experts; one layer's attention left
+out makes a fifth to a third, and a window that is not the model's a third to three times the spread.
+"""
+PICKING = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
+"""What configs call the experts that a token is sent to, where rounding may send it to others: so logits may be off by
+PICKED times as much."""
+PICKED = 2.5
 
 
 class Hosted:
@@ -33,6 +50,7 @@ class Hosted:
         self.shape = shape_of(config)
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0]) if _has_head(model) else config.vocab_size
         self._model = model
+        self._windows, self._longest = windows_of(config), longest_of(config)
         self._composed = isinstance(config, ComposedConfig)
         routed = self._composed and config.routing == "sample"
         rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
@@ -66,9 +84,44 @@ class Hosted:
             found |= zip(own, torch.split(logits_RV, [segments[i].rows for i in own]), strict=True)
         return torch.cat([found[i] for i in range(len(segments))])
 
+    @torch.inference_mode()
+    def check(self, tokens: Sequence[int], dtype: torch.dtype) -> None:
+        """A text's beginning and end, cut and put together, against the modules' own attention over each as a whole.
+
+        Raises EngineError where logits differ by more than rounding, or modules ask for what our attention has not.
+        """
+        narrow = [window for window in self._windows if window is not None and window <= NARROW]
+        length = min(TRIED + max(narrow, default=0), self._longest)
+        texts = [tokens[-length * 2 // 3 :], tokens[:length]]
+        routes = [self.route(text) for text in texts]
+        expected = [self._own(text, route) for text, route in zip(texts, routes, strict=True)]
+        pages = range(0, -(-length // PAGE) * self.shape.page, self.shape.page)
+        tables = [list(pages), [pages.stop + offset for offset in pages]]
+        # What is read and was never written is no number, nor is anything that comes of it.
+        memory = torch.full((2 * pages.stop,), torch.nan, dtype=dtype, device=self._model.device)
+        cuts = [(0, count // 2, count - 1, count) for count in map(len, texts)]
+        for part in range(3):
+            spans = [slice(*each[part : part + 2]) for each in cuts]
+            segments = [
+                Segment(text[span], span.start, table, span.stop - span.start, route)
+                for text, span, table, route in zip(texts, spans, tables, routes, strict=True)
+            ]
+            wanted_RV = torch.cat([logits_TV[span] for logits_TV, span in zip(expected, spans, strict=True)])
+            off = _distance(self.forward(segments, memory), wanted_RV)
+            if not off <= near(self._model.config, dtype):
+                raise EngineError(f"its logits are off by {off:.2g} of their spread")
+
+    def _own(self, text: Sequence[int], route: Tensor | None) -> Tensor:
+        """The logits [T, V] of a whole text by the modules' own attention."""
+        options = {} if route is None else {"routes": route}
+        with _eager(self._model):
+            output = self._model(torch.tensor([text], device=self._model.device), use_cache=False, **options)
+        logits_TV: Tensor = output.logits[0]
+        return logits_TV
+
     def _run(self, segments: Sequence[Segment], memory: Tensor) -> Tensor:
         step = Step(segments, self.shape.width, memory.device)
-        cache: Any = _Pages(self._model.config, self.shape, step, memory)
+        cache: Any = _Pages(self.shape, self._windows, self._longest, step, memory)
         if self._composed:
             cache = _ComposedPages(self._model.config, cache, segments[0].route)
         inputs = {"input_ids": step.ids_T[None], "position_ids": step.positions_T[None]}
@@ -76,6 +129,13 @@ class Hosted:
             output = self._model(**inputs, **{self._cache_name: cache}, use_cache=True, logits_to_keep=step.rows_R)
         logits_RV: Tensor = output.logits[0]
         return logits_RV
+
+
+def near(config: Any, dtype: torch.dtype) -> float:
+    """How far a model's logits in this dtype may be off for their rounding."""
+    text = config.get_text_config(decoder=True)
+    picks = dtype != torch.float32 and any(getattr(text, name, None) for name in PICKING)
+    return NEAR[dtype] * (PICKED if picks else 1)
 
 
 def shape_of(config: Any) -> Shape:
@@ -90,26 +150,45 @@ def shape_of(config: Any) -> Shape:
     return Shape(text.num_hidden_layers, heads, kv_heads, getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
-def is_hosted(model: type[Any]) -> bool:
-    """Whether a class of transformers lets its attention be exchanged, and takes positions."""
-    exchangeable = bool(getattr(model, "_supports_attention_backend", False) or model.__name__ == "ComposedForCausalLM")
-    return exchangeable and "position_ids" in inspect.signature(model.forward).parameters
+def windows_of(config: Any) -> list[int | None]:
+    """How many tokens each layer in the memory sees, None for all. Raises EngineError for another kind of layer."""
+    if isinstance(config, ComposedConfig):
+        trunk, slots = config.trunk_layers, config.slots
+        inner = enumerate(windows_of(config.inner))
+        return [window for layer, window in inner for _ in range(1 if layer < trunk else slots)]
+    return forward.windows_of(config.get_text_config(decoder=True))
+
+
+def longest_of(config: Any) -> int:
+    """The most tokens of a text."""
+    return int(config.get_text_config(decoder=True).max_position_embeddings)
+
+
+def admit(model: type[Any], config: Any) -> None:
+    """Raises EngineError where a class of transformers, or what a config makes of it, cannot run over the memory."""
+    exchangeable = getattr(model, "_supports_attention_backend", False) or model.__name__ == "ComposedForCausalLM"
+    if not exchangeable or "position_ids" not in inspect.signature(model.forward).parameters:
+        raise EngineError("its class does not provide for it")
+    if len(windows_of(config)) != shape_of(config).layers:
+        raise EngineError("its config tells of other layers than it has")
 
 
 class _Pages(Cache):  # type: ignore[misc]  # transformers is untyped here
     """The memory as the cache that attention modules write to, just before they ask for attention."""
 
-    def __init__(self, config: Any, shape: Shape, step: Step, memory: Tensor) -> None:
+    def __init__(self, shape: Shape, windows: Sequence[int | None], longest: int, step: Step, memory: Tensor) -> None:
         super().__init__(layers=[])
-        self.shape, self.step, self.memory = shape, step, memory
-        self.layer = 0
+        self.shape, self.windows, self.longest, self.step, self.memory = shape, windows, longest, step, memory
+        self.last: tuple[int, Tensor, Tensor] | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the keys and values [1, G, T, D] of one layer."""
         shape, device = self.shape, self.memory.device
         if tuple(keys.shape[1::2]) != (shape.kv_heads, shape.width) or keys.shape != values.shape:
             raise EngineError(f"layer {layer_idx} has keys of shape {tuple(keys.shape)}, its config says otherwise")
-        self.layer = layer_idx
+        if layer_idx >= shape.layers:
+            raise EngineError(f"it keeps layer {layer_idx}, its config says that there are {shape.layers}")
+        self.last = layer_idx, keys, values
         states_TGD = torch.cat((keys[0], values[0])).transpose(0, 1)
         first = layer_idx * 2 * shape.kv_heads
         lanes_G = torch.arange(first, first + 2 * shape.kv_heads, device=device) * ops.PAGE * shape.width
@@ -121,30 +200,19 @@ class _Pages(Cache):  # type: ignore[misc]  # transformers is untyped here
         """None that a module would have to count on: positions are given."""
         return 0
 
-    def attend(self, q_THD: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
-        """Attention [T, H, D] over each token's own sequence."""
-        step, singles, found = self.step, self.step.singles, []
-        if softcap is None and ops.attends_in_c(self.memory, self.shape):
-            q_TX, where = q_THD.reshape(len(q_THD), -1), (step.tables_TP, step.lengths_T)
-            out_TX = ops.attend(q_TX, self.memory, *where, self.layer, self.shape, scale, window)
-            return out_TX.view(q_THD.shape)
-        spans = step.spans
-        if softcap is not None:
-            spans = [(segment, slice(i, i + 1)) for i, segment in enumerate(step.segments[:singles])] + spans
-        elif singles:
-            q_BX = q_THD[:singles].reshape(singles, -1)
-            tables_BP, lengths_B = step.tables_BP, step.lengths_B
-            out_BX = ops.attend(q_BX, self.memory, tables_BP, lengths_B, self.layer, self.shape, scale, window)
-            found.append(out_BX.view(singles, *q_THD.shape[1:]))
-        for segment, span in spans:
-            table_P = torch.tensor(segment.table, dtype=torch.int64, device=self.memory.device)
-            k_HSD, v_HSD = ops.gather(self.memory, table_P, segment.end, self.layer, self.shape)
-            found.append(
-                attend_span(q_THD[span], k_HSD, v_HSD, scale=scale, window=window)
-                if softcap is None
-                else _capped(q_THD[span], k_HSD, v_HSD, scale, window, softcap)
-            )
-        return torch.cat(found)
+    def attend(self, q_THD: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> Tensor:
+        """Attention [T, H, D] over each token's own sequence.
+
+        Raises EngineError where it would be to something else than the memory has, or than the config says.
+        """
+        if self.last is None or key is not self.last[1] or value is not self.last[2]:
+            raise EngineError("it attends to other keys and values than those that a layer has just kept")
+        layer, self.last = self.last[0], None
+        said, asked = self.windows[layer], how["window"]
+        if said != asked and min(said or self.longest, asked or self.longest) < self.longest:
+            raise EngineError(f"layer {layer} sees {asked or 'all'} tokens, its config says {said or 'all'}")
+        q_TX = q_THD.reshape(len(q_THD), -1)
+        return attend_step(q_TX, self.step, self.memory, layer, self.shape, **how).view(q_THD.shape)
 
 
 class _ComposedPages(ComposedCache):
@@ -188,30 +256,43 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface: query [1, H, T, D] to [1, T, H, D]."""
+    """Transformers' attention interface: query [1, H, T, D] to [1, T, H, D]. Raises EngineError for what it has not."""
+    asked = {name for name, each in others.items() if name not in NEUTRAL and (torch.is_tensor(each) or each)}
+    asked |= {"attention_mask"} if attention_mask is not None else set()
+    asked |= {"is_causal"} if is_causal is False else set()
+    if asked:
+        raise EngineError(f"{type(module).__name__} asks for attention with {', '.join(sorted(asked))}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    how: dict[str, Any] = {"scale": scale, "window": sliding_window, "softcap": softcap, "sinks_H": s_aux}
     q_THD, cache = query[0].transpose(0, 1), _CACHE.get()
     if cache is not None:
-        return cache.attend(q_THD, scale, sliding_window, softcap)[None], None
-    if softcap is not None:
-        return _capped(q_THD, key[0], value[0], scale, sliding_window, softcap)[None], None
-    return attend_span(q_THD, key[0], value[0], scale=scale, window=sliding_window)[None], None
+        return cache.attend(q_THD, key, value, how)[None], None
+    return attend_span(q_THD, key[0], value[0], **how)[None], None
 
 
-def _capped(q_THD: Tensor, k_HSD: Tensor, v_HSD: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
-    """Attention whose scores s become softcap * tanh(s / softcap), as Gemma 2's."""
-    groups = q_THD.shape[1] // k_HSD.shape[0]
-    k_HSD, v_HSD = k_HSD.repeat_interleave(groups, 0), v_HSD.repeat_interleave(groups, 0)
-    scores_HTS = (q_THD.transpose(0, 1) @ k_HSD.transpose(1, 2)).float() * scale
-    scores_HTS = softcap * torch.tanh(scores_HTS / softcap)
-    total, new = k_HSD.shape[1], len(q_THD)
-    seen_TS = torch.ones(new, total, dtype=torch.bool, device=q_THD.device).tril(total - new)
-    if window is not None:
-        seen_TS = seen_TS.triu(total - new - window + 1)
-    weights_HTS = scores_HTS.masked_fill(~seen_TS, float("-inf")).softmax(-1).to(q_THD.dtype)
-    return (weights_HTS @ v_HSD).transpose(0, 1)
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """The modules compute attention themselves."""
+    found = [getattr(part, "config", None) for part in model.modules()]
+    configs = list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())
+    before = [config._attn_implementation_internal for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+
+
+def _distance(found_RV: Tensor, expected_RV: Tensor) -> float:
+    """How far logits are from those that are expected, in parts of their spread; the mean of the rows."""
+    off_R = (found_RV.float() - expected_RV.float()).square().mean(-1).sqrt()
+    return float((off_R / expected_RV.float().std(-1)).mean())
 
 
 def _has_head(model: Any) -> bool:

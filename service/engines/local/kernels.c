@@ -31,6 +31,8 @@
 #define WIDEST 256 /* elements of a head */
 #define CHUNK 128 /* tokens of a context that make a task of attention */
 #define ROOM (1 << 22) /* floats that attention keeps between its two passes */
+#define MOST 1024 /* rows that it takes between them */
+#define ROWS 16 /* of a sequence that go through its keys and values together, at most */
 #define GROUP 4   /* query heads that go through the keys together */
 #define PANEL 32  /* outputs of a matrix product that make a panel of weights */
 #define TILE 12   /* rows that go through a panel together, at most */
@@ -383,8 +385,8 @@ void silu_mul(int wide, const void *gate_up, void *out, int64_t rows, int64_t wi
     run(wide ? silu_fp32 : silu_bf16, &job, (rows + step - 1) / step);
 }
 
-/* Attention. A task is a row's chunk of tokens below one key-value head; then the chunks of a row are put together in
-   their order. */
+/* Attention. A task is a chunk of tokens below one key-value head, for a row, or for some rows of one sequence; then the
+   chunks of a row are put together in their order. */
 
 /* A page of keys, and two of keys or values that are wanted next. Of bf16, vectors take 32 elements apart: 16 even ones
    and 16 odd ones. Queries and weighted values lie as the vectors have them. */
@@ -399,12 +401,32 @@ typedef void (*Score)(const void *queries, const Page *page, int64_t width, floa
 typedef struct {
     const void *queries, *memory;
     const int64_t *tables, *lengths;
+    const int64_t *blocks; /* where each block of rows that have one table begins, and where the last ends */
     void *out;
     float *parts; /* [rows][chunks][heads][width + 2]: weighted values, their weights' sum, the largest score */
     int64_t stride, chunks, pages, heads, kv_heads, width, layer, window;
     float scale;
     Score score;
 } Attend;
+
+/* What a row sees of a chunk: its tokens first .. last - 1, or none. */
+INLINE int sees(const Attend *job, int64_t row, int64_t chunk, int64_t *first, int64_t *last) {
+    int64_t start = chunk * CHUNK, length = job->lengths[row];
+    *first = job->window && length - job->window > start ? length - job->window - start : 0;
+    *last = least(length - start, CHUNK);
+    return *first < *last;
+}
+
+/* Where the keys and values of those tokens are, by page. */
+INLINE void find(const Attend *job, int64_t row, int64_t chunk, int64_t shared, int64_t first, int64_t last,
+                 const void **keys, const void **values, int wide) {
+    const int64_t *table = job->tables + row * job->pages + chunk * CHUNK / PAGE;
+    int64_t inside = (job->layer * 2 * job->kv_heads + shared) * PAGE * job->width;
+    for (int64_t page = first / PAGE; page * PAGE < last; page++) {
+        keys[page] = at(job->memory, table[page] + inside, wide);
+        values[page] = at(keys[page], job->kv_heads * PAGE * job->width, wide);
+    }
+}
 
 INLINE F16 load_16(const float *values) {
     F16 lanes;
@@ -596,18 +618,10 @@ INLINE void attend_heads(const Attend *job, const float *queries, const void *co
 INLINE void attend_chunk(const Attend *job, int64_t task, int wide, int roomy) {
     int64_t width = job->width, group = job->heads / job->kv_heads;
     int64_t chunk = task % job->chunks, shared = task / job->chunks % job->kv_heads;
-    int64_t row = task / job->chunks / job->kv_heads;
-    int64_t start = chunk * CHUNK, length = job->lengths[row];
-    int64_t first = job->window && length - job->window > start ? length - job->window - start : 0;
-    int64_t last = least(length - start, CHUNK);
-    if (first >= last) return;
+    int64_t row = task / job->chunks / job->kv_heads, first, last;
     const void *keys[CHUNK / PAGE], *values[CHUNK / PAGE];
-    const int64_t *table = job->tables + row * job->pages + start / PAGE;
-    int64_t inside = (job->layer * 2 * job->kv_heads + shared) * PAGE * width;
-    for (int64_t page = first / PAGE; page * PAGE < last; page++) {
-        keys[page] = at(job->memory, table[page] + inside, wide);
-        values[page] = at(keys[page], job->kv_heads * PAGE * width, wide);
-    }
+    if (!sees(job, row, chunk, &first, &last)) return;
+    find(job, row, chunk, shared, first, last, keys, values, wide);
     float queries[GROUP * WIDEST] __attribute__((aligned(64)));
     for (int64_t head = shared * group; head < (shared + 1) * group;) {
         int64_t count = least((shared + 1) * group - head, GROUP);
@@ -627,6 +641,235 @@ INLINE void attend_chunk(const Attend *job, int64_t task, int wide, int roomy) {
         head += count;
     }
 }
+
+#if X86
+/* Where the processor multiplies bf16 itself, pairs of bf16 go by words: two elements of one key, or one element of two
+   values. A page's keys are laid out once for a block of rows, with its 16 tokens side by side, and so are its values,
+   in pairs of tokens: then a score is a sum in one lane, whichever rows are around. Weights are rounded to bf16, and
+   divided by the sum of what they became. */
+
+/* The 16 x 16 words of `rows`, mirrored. */
+FOR_BF16 INLINE void mirror(__m512i *rows) {
+    __m512i twos[16], fours[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        twos[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        twos[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        fours[i] = _mm512_unpacklo_epi64(twos[i], twos[i + 2]);
+        fours[i + 1] = _mm512_unpackhi_epi64(twos[i], twos[i + 2]);
+        fours[i + 2] = _mm512_unpacklo_epi64(twos[i + 1], twos[i + 3]);
+        fours[i + 3] = _mm512_unpackhi_epi64(twos[i + 1], twos[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512i a = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x88);
+        __m512i b = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xDD);
+        __m512i c = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0x88);
+        __m512i d = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0xDD);
+        rows[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+        rows[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(a, c, 0xDD);
+        rows[i + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
+    }
+}
+
+/* [width / 2][16 tokens] words of a page's keys; `next` is wanted soon. */
+FOR_BF16 INLINE void lay_keys(const char *keys, const char *next, int64_t width, uint32_t *laid) {
+    for (int64_t d = 0; d < width; d += 32) {
+        __m512i rows[16];
+#pragma GCC unroll 16
+        for (int token = 0; token < 16; token++) {
+            rows[token] = _mm512_loadu_si512(keys + (token * width + d) * 2);
+            __builtin_prefetch(next + (token * width + d) * 2);
+        }
+        mirror(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) _mm512_store_si512(laid + (d / 2 + i) * 16, rows[i]);
+    }
+}
+
+/* [8 pairs of tokens][width] words of a page's values, nothing for tokens that are not first .. last - 1, which may be
+   anything, even NaN. Of 32 elements, 0-3, 8-11, 16-19 and 24-27 come before the others. */
+FOR_BF16 INLINE void lay_values(const char *values, const char *next, int64_t width, int64_t first, int64_t last,
+                                uint32_t *laid) {
+    for (int64_t token = 0; token < PAGE; token += 2)
+        for (int64_t d = 0; d < width; d += 32, laid += 32) {
+            const char *from = values + (token * width + d) * 2;
+            __m512i one = _mm512_setzero_si512(), two = one;
+            if (token >= first && token < last) one = _mm512_loadu_si512(from);
+            if (token + 1 >= first && token + 1 < last) two = _mm512_loadu_si512(from + width * 2);
+            __builtin_prefetch(next + (token * width + d) * 2);
+            __builtin_prefetch(next + ((token + 1) * width + d) * 2);
+            _mm512_store_si512(laid, _mm512_unpacklo_epi16(one, two));
+            _mm512_store_si512(laid + 16, _mm512_unpackhi_epi16(one, two));
+        }
+}
+
+/* scores[head][16 * pages] of pages that lie one after the other. */
+FOR_BF16 INLINE void score_laid(const uint16_t *queries, const uint32_t *keys, int64_t width, float *scores, int count,
+                                int pages) {
+    __m512 sums[GROUP][4];
+#pragma GCC unroll 4
+    for (int head = 0; head < count; head++)
+#pragma GCC unroll 4
+        for (int page = 0; page < pages; page++) sums[head][page] = _mm512_setzero_ps();
+    for (int64_t d = 0; d < width; d += 2) {
+        __m512bh words[4];
+#pragma GCC unroll 4
+        for (int page = 0; page < pages; page++)
+            words[page] = (__m512bh)_mm512_load_si512(keys + page * width * 8 + d * 8);
+#pragma GCC unroll 4
+        for (int head = 0; head < count; head++) {
+            int32_t both;
+            memcpy(&both, queries + head * width + d, 4);
+            __m512bh query = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+            for (int page = 0; page < pages; page++)
+                sums[head][page] = _mm512_dpbf16_ps(sums[head][page], words[page], query);
+        }
+    }
+#pragma GCC unroll 4
+    for (int head = 0; head < count; head++)
+#pragma GCC unroll 4
+        for (int page = 0; page < pages; page++) _mm512_storeu_ps(scores + head * CHUNK + page * PAGE, sums[head][page]);
+}
+
+/* e^x for x up to 0, to about one unit in the last place; NaN stays. */
+FOR_BF16 INLINE __m512 exponentials(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* Which of 16 tokens from `token` on are first .. last - 1. */
+FOR_BF16 INLINE __mmask16 seen(int64_t first, int64_t last, int64_t token) {
+    int64_t begin = first > token ? first - token : 0, end = least(last - token, 16);
+    return (__mmask16)((0xFFFFu >> (16 - end)) & (0xFFFFu << begin));
+}
+
+/* The weights of tokens first .. last - 1, e^(score - largest), in bf16, and nothing for those around; their sum. */
+FOR_BF16 INLINE void weigh_laid(const float *scores, int64_t first, int64_t last, float scale, uint16_t *weights,
+                                float *sum, float *largest) {
+    __m512 most = _mm512_set1_ps(-INFINITY), sums = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);
+    int64_t begin = first / 16 * 16;
+    for (int64_t token = begin; token < last; token += 16) {
+        __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(scores + token), factor);
+        most = _mm512_mask_max_ps(most, seen(first, last, token), scaled, most);
+    }
+    *largest = _mm512_reduce_max_ps(most);
+    most = _mm512_set1_ps(*largest);
+    for (int64_t token = begin; token < last; token += 16) {
+        __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(scores + token), factor);
+        __m512 weight = _mm512_maskz_mov_ps(seen(first, last, token), exponentials(_mm512_sub_ps(scaled, most)));
+        __m256i rounded = (__m256i)_mm512_cvtneps_pbh(weight);
+        _mm256_storeu_si256((__m256i *)(weights + token), rounded);
+        sums = _mm512_add_ps(sums, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
+    }
+    *sum = _mm512_reduce_add_ps(sums);
+}
+
+/* The weighted sum of 32 * `blocks` elements from d on, for `count` heads. */
+FOR_BF16 INLINE void blend_laid(const uint16_t *weights, const uint32_t *values, int64_t first, int64_t last,
+                                int64_t width, int64_t d, float *part, int count, int blocks) {
+    /* Where of 32 elements, as lay_values has them, the even ones are; the odd ones come next. */
+    const __m512i even = _mm512_set_epi32(30, 28, 14, 12, 26, 24, 10, 8, 22, 20, 6, 4, 18, 16, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    __m512 sums[GROUP][4];
+#pragma GCC unroll 4
+    for (int head = 0; head < count; head++)
+#pragma GCC unroll 4
+        for (int i = 0; i < 2 * blocks; i++) sums[head][i] = _mm512_setzero_ps();
+    for (int64_t token = first / 2 * 2; token < last; token += 2) {
+        __m512bh words[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 2 * blocks; i++)
+            words[i] = (__m512bh)_mm512_load_si512(values + token / 2 * width + d + 16 * i);
+#pragma GCC unroll 4
+        for (int head = 0; head < count; head++) {
+            int32_t both;
+            memcpy(&both, weights + head * CHUNK + token, 4);
+            __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+            for (int i = 0; i < 2 * blocks; i++) sums[head][i] = _mm512_dpbf16_ps(sums[head][i], words[i], weight);
+        }
+    }
+#pragma GCC unroll 4
+    for (int head = 0; head < count; head++)
+#pragma GCC unroll 2
+        for (int block = 0; block < blocks; block++) {
+            float *out = part + head * (width + 2) + d + 32 * block;
+            __m512 low = sums[head][2 * block], high = sums[head][2 * block + 1];
+            _mm512_storeu_ps(out, _mm512_permutex2var_ps(low, even, high));
+            _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(low, odd, high));
+        }
+}
+
+/* `count` query heads over the tokens first .. last - 1 of a chunk. */
+FOR_BF16 INLINE void attend_laid(const Attend *job, const uint16_t *queries, const uint32_t *keys,
+                                 const uint32_t *values, int64_t first, int64_t last, float *part, int count) {
+    int64_t width = job->width, page = first / PAGE, pages = (last + PAGE - 1) / PAGE, d = 0;
+    float scores[GROUP * CHUNK] __attribute__((aligned(64)));
+    uint16_t weights[GROUP * CHUNK] __attribute__((aligned(64)));
+    for (; page + 4 <= pages; page += 4)
+        score_laid(queries, keys + page * width * 8, width, scores + page * PAGE, count, 4);
+    for (; page < pages; page++)
+        score_laid(queries, keys + page * width * 8, width, scores + page * PAGE, count, 1);
+    for (int head = 0; head < count; head++) {
+        float *out = part + head * (width + 2) + width;
+        weigh_laid(scores + head * CHUNK, first, last, job->scale, weights + head * CHUNK, out, out + 1);
+    }
+    for (; d + 64 <= width; d += 64) blend_laid(weights, values, first, last, width, d, part, count, 2);
+    for (; d < width; d += 32) blend_laid(weights, values, first, last, width, d, part, count, 1);
+}
+
+FOR_BF16 static void attend_dots(const void *argument, int64_t task) {
+    const Attend *job = argument;
+    int64_t width = job->width, group = job->heads / job->kv_heads, first, last, low = CHUNK, high = 0;
+    int64_t chunk = task % job->chunks, shared = task / job->chunks % job->kv_heads;
+    int64_t block = task / job->chunks / job->kv_heads, begin = job->blocks[block], end = job->blocks[block + 1];
+    for (int64_t row = begin; row < end; row++)
+        if (sees(job, row, chunk, &first, &last)) low = least(low, first), high = last > high ? last : high;
+    if (low >= high) return;
+    const void *keys[CHUNK / PAGE], *values[CHUNK / PAGE];
+    uint32_t laid_keys[CHUNK * WIDEST / 2] __attribute__((aligned(64)));
+    uint32_t laid_values[CHUNK * WIDEST / 2] __attribute__((aligned(64)));
+    find(job, begin, chunk, shared, low, high, keys, values, 0);
+    for (int64_t page = low / PAGE; page * PAGE < high; page++) {
+        int64_t next = (page + 1) * PAGE < high ? page + 1 : page;
+        lay_keys(keys[page], keys[next], width, laid_keys + page * width * 8);
+        lay_values(values[page], values[next], width, low - page * PAGE, high - page * PAGE,
+                   laid_values + page * width * 8);
+    }
+    for (int64_t row = begin; row < end; row++) {
+        if (!sees(job, row, chunk, &first, &last)) continue;
+        for (int64_t head = shared * group, count; head < (shared + 1) * group; head += count) {
+            const uint16_t *queries = (const uint16_t *)job->queries + row * job->stride + head * width;
+            float *part = job->parts + ((row * job->chunks + chunk) * job->heads + head) * (width + 2);
+            count = least((shared + 1) * group - head, GROUP);
+            switch (count) {
+            case 1: attend_laid(job, queries, laid_keys, laid_values, first, last, part, 1); break;
+            case 2: attend_laid(job, queries, laid_keys, laid_values, first, last, part, 2); break;
+            case 3: attend_laid(job, queries, laid_keys, laid_values, first, last, part, 3); break;
+            default: attend_laid(job, queries, laid_keys, laid_values, first, last, part, GROUP);
+            }
+        }
+    }
+}
+
+static int has_dots(void) { return has_512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 
 INLINE void join_chunks(const Attend *job, int64_t row, int wide) {
     int64_t width = job->width, length = job->lengths[row], chunks = (length + CHUNK - 1) / CHUNK;
@@ -668,6 +911,7 @@ WIDE static void join_fp32(const void *job, int64_t task) { join_chunks(job, tas
 static Work attention(int wide, Score *score) {
     *score = wide ? score_fp32 : score_bf16;
 #if X86
+    if (!wide && has_dots()) return attend_dots;
     if (has_512()) {
         *score = wide ? score_fp32_512 : score_bf16_512;
         return wide ? attend_fp32_512 : attend_bf16_512;
@@ -680,6 +924,22 @@ static Work attention(int wide, Score *score) {
     return wide ? attend_fp32 : attend_bf16;
 }
 
+/* Whether a row has the pages of the one before it, as tokens of one sequence do. */
+INLINE int follows(const Attend *job, int64_t row) {
+    const int64_t *table = job->tables + row * job->pages, *lengths = job->lengths + row;
+    int64_t length = lengths[0] > lengths[-1] ? lengths[0] : lengths[-1];
+    return !memcmp(table - job->pages, table, (size_t)((length + PAGE - 1) / PAGE) * sizeof *table);
+}
+
+/* How many blocks of at most `most` rows of one sequence there are; where each begins, and where the last ends. */
+static int64_t cut(const Attend *job, int64_t rows, int64_t most, int64_t *blocks) {
+    int64_t count = 0;
+    for (int64_t row = 0; row < rows; row++)
+        if (!row || row - blocks[count - 1] == most || !follows(job, row)) blocks[count++] = row;
+    blocks[count] = rows;
+    return count;
+}
+
 /* out[rows][heads * width] of the queries that begin each row of `stride` elements; a row's table begins `pages` after
    the one before. width is a multiple of 32, at most WIDEST. window: 0 is none. 0: out of memory. */
 int attend(int wide, const void *queries, int64_t stride, const void *memory, const int64_t *tables,
@@ -690,23 +950,26 @@ int attend(int wide, const void *queries, int64_t stride, const void *memory, co
     int64_t longest = 1;
     for (int64_t row = 0; row < rows; row++) longest = lengths[row] > longest ? lengths[row] : longest;
     int64_t chunks = (longest + CHUNK - 1) / CHUNK, each = chunks * heads * (width + 2);
-    int64_t most = least(each < ROOM ? ROOM / each : 1, rows);
+    int64_t most = least(least(each < ROOM ? ROOM / each : 1, MOST), rows), blocks[MOST + 1];
     if (most * each > room) {
         free(parts);
         parts = malloc((size_t)(most * each) * sizeof *parts);
         room = parts ? most * each : 0;
         if (!parts) return 0;
     }
-    Attend job = {NULL,  memory, NULL,     NULL,  NULL,  parts,  stride, chunks,
-                  pages, heads,  kv_heads, width, layer, window, scale,  NULL};
+    Attend job = {.memory = memory, .blocks = blocks, .parts = parts, .stride = stride, .chunks = chunks,
+                  .pages = pages, .heads = heads, .kv_heads = kv_heads, .width = width, .layer = layer,
+                  .window = window, .scale = scale};
     Work work = attention(wide, &job.score), join = wide ? join_fp32 : join_bf16;
+    int64_t together = work == attend_dots ? ROWS : 1;
     for (int64_t row = 0; row < rows; row += most) {
         int64_t count = least(most, rows - row), little = count * longest * heads * width < 32768;
         job.queries = at(queries, row * stride, wide);
         job.tables = tables + row * pages;
         job.lengths = lengths + row;
         job.out = at(out, row * heads * width, wide);
-        (little ? loop : run)(work, &job, count * kv_heads * chunks);
+        int64_t tasks = cut(&job, count, together, blocks) * kv_heads * chunks;
+        (little ? loop : run)(work, &job, tasks);
         (little || count * chunks < 16 ? loop : run)(join, &job, count);
     }
     return 1;

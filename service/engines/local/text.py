@@ -20,20 +20,18 @@ HALF = "\ufffd"
 """What decoders write for bytes that are no whole character, or not yet."""
 
 
-def encode(expert: Expert, prompt: str | tuple[Message, ...]) -> tuple[int, ...]:
+def encode(expert: Expert, prompt: str | tuple[Message, ...], *, within: int | None = None) -> tuple[int, ...]:
     """The prompt as the expert's tokens: text with the tokenizer's own marks, a chat in the template.
 
-    Raises PromptError for a chat without a template, or for a text that is far longer than the window.
+    Raises PromptError for a chat without a template, or for a text of far more than `within` tokens.
     """
     text = prompt if isinstance(prompt, str) else _chat(expert, prompt)
     marks = isinstance(prompt, str)  # a template writes its own
-    # A megabyte would hold the event loop for seconds, only to be refused: look at its head first. A word that the cut
-    # breaks may cost a few tokens more than the whole.
-    head = text[: 8 * expert.window]
-    if len(head) < len(text) and len(_ids(expert, head, marks)) > expert.window + 64:
-        raise PromptError(
-            f"a prompt of {len(text)} characters is over {expert.name}'s window of {expert.window} tokens"
-        )
+    # A megabyte takes a second, only to be refused: look at its head first. A word that the cut breaks may cost a few
+    # tokens more than the whole.
+    head = text if within is None else text[: 8 * within]
+    if within is not None and len(head) < len(text) and len(_ids(expert, head, marks)) > within + 64:
+        raise PromptError(f"a prompt of {len(text)} characters is over {expert.name}'s window of {within} tokens")
     ids = _ids(expert, text, marks)
     if ids:
         return ids

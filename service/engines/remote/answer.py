@@ -14,7 +14,10 @@ from service.engines.remote.events import DONE, Event
 UNKNOWN: Final = -1
 """A token's id where the server tells only its text."""
 
-FINISHES: Final[dict[str, Finish]] = {"stop": "stop", "length": "length"}
+FINISHES: Final[dict[str, Finish]] = {"stop": "stop", "length": "length", "content_filter": "content_filter"}
+
+BROKEN: Final = ("abort", "error")
+"""What vLLM says of an answer that failed there; all else that is no finish of ours is no fault of the server's."""
 
 
 class Candidate(BaseModel):
@@ -83,27 +86,50 @@ class Counts(BaseModel):
     prompt_tokens_details: Details | None = None
 
 
+class Timings(BaseModel):
+    """llama.cpp's counts in mid-answer: what the prompt had in the cache, what it had not, and the answer so far."""
+
+    cache_n: int = Field(ge=0)
+    prompt_n: int = Field(ge=0)
+    predicted_n: int = Field(ge=0)
+
+    def counts(self) -> Counts:
+        """As `usage` says it."""
+        return Counts(
+            prompt_tokens=self.cache_n + self.prompt_n,
+            completion_tokens=self.predicted_n,
+            prompt_tokens_details=Details(cached_tokens=self.cache_n),
+        )
+
+
 class Chunk(BaseModel):
-    """An event's data; what else it holds is not ours."""
+    """An event's data; what else it holds is not ours, and neither are timings in another form than llama.cpp's."""
 
     choices: list[Choice] = []
     usage: Counts | None = None
+    timings: Annotated[Timings | object, Field(union_mode="left_to_right")] = None
     error: object = None
+
+    @property
+    def counts(self) -> Counts | None:
+        """What it tells of the tokens so far."""
+        return self.timings.counts() if self.usage is None and isinstance(self.timings, Timings) else self.usage
 
 
 class Reading:
     """One answer as it comes; what came and cannot be passed on yet is pending.
 
-    That is a finish until the counts are there, and with `prompt_logprobs` all until it is known where the answer
-    begins: the server echoes the prompt in front of it.
+    That is the last piece until the server has said all, and with `prompt_logprobs` everything until it is known where
+    the answer begins: the server echoes the prompt in front of it. heard: it has begun to answer.
     """
 
     def __init__(self, job: Job) -> None:
-        self.done = False
+        self.heard = False
+        self._done = False
         self._job = job
         self._echoed = job.sampling.prompt_logprobs is not None
         self._count = 0
-        self._usage: Counts | None = None
+        self._counts: Counts | None = None
         self._finish: Finish | None = None
         self._begun = False
         self._text = ""
@@ -113,25 +139,42 @@ class Reading:
 
     def take(self, event: Event) -> Piece | None:
         """The piece that can be passed on with this event. Raises EngineError or UnsupportedError."""
-        if self.done:
-            return None
         if event.data == DONE:
-            return self._last()
+            self._done = True
+            return None
         chunk = self._chunk(event)
-        self._usage = chunk.usage or self._usage
+        self.heard = True
+        self._counts = chunk.counts or self._counts
         if chunk.choices:
             self._hear(chunk.choices[0])
         if self._finish or not self._apart_from_prompt():
             return None
         return self._next()
 
-    def end(self) -> Piece | None:
-        """The last piece, of a server that ends without [DONE] but has said all. Raises EngineError for others."""
-        if self.done:
-            return None
-        if self._usage is None:
+    def end(self) -> Piece:
+        """The last piece, with as many tokens as make the sum that the server counted.
+
+        Some servers end without [DONE]: a finish and a count are all there is to say. Raises EngineError for one that
+        ended before, or UnsupportedError.
+        """
+        if self._finish is None or not (self._done or self._counts):
             raise EngineError(f"{self._server} broke off")
-        return self._last()
+        if not self._apart_from_prompt():
+            raise UnsupportedError(f"{self._server} scores no prompts: leave echo or logprobs out", "echo")
+        piece = self._next() or Piece("", 0)
+        if self._job.sampling.max_tokens == 0:
+            return replace(piece, finish="length", usage=self.usage)
+        tokens = piece.tokens
+        if self._counts is not None:  # never fewer than none: a server may cut a token's text in two
+            tokens = max(0, self._counts.completion_tokens - (self._count - piece.tokens))
+        return replace(piece, tokens=tokens, finish=self._finish, usage=self.usage)
+
+    @property
+    def usage(self) -> Usage:
+        """The prompt's counts, as far as they are known."""
+        counts = self._counts or Counts()
+        details = counts.prompt_tokens_details
+        return Usage(counts.prompt_tokens or len(self._job.tokens), (details.cached_tokens or 0) if details else 0)
 
     @property
     def _server(self) -> str:
@@ -158,9 +201,15 @@ class Reading:
         if self._echoed and choice.logprobs:
             self._offsets += choice.logprobs.text_offset or []
         if choice.finish_reason:
-            self._finish = FINISHES.get(choice.finish_reason)
-            if self._finish is None:
-                raise EngineError(f"{self._server} ended the answer for {choice.finish_reason!r}")
+            self._finish = self._known(choice.finish_reason)
+
+    def _known(self, reason: str) -> Finish:
+        if reason in FINISHES:
+            return FINISHES[reason]
+        sentence = f"{self._server} ended the answer for {reason!r}"
+        if reason in BROKEN:
+            raise EngineError(sentence)
+        raise UnsupportedError(f"{sentence}, which has no meaning here: ask another model", "model")
 
     @property
     def _scores(self) -> bool:
@@ -170,7 +219,7 @@ class Reading:
         """Whether what is pending is the answer's alone, cutting the prompt off once its length is known."""
         if not self._echoed:
             return True
-        size = len(self._job.tokens) or (self._usage.prompt_tokens if self._usage else None)
+        size = len(self._job.tokens) or (self._counts.prompt_tokens if self._counts else None)
         if size is None or len(self._scored) < size:
             return False
         ids = self._job.tokens or (UNKNOWN,) * size
@@ -198,31 +247,11 @@ class Reading:
         if not (tokens or self._prompt):
             return None
         scored = () if sampling.logprobs is None else _cut(self._scored, sampling.logprobs)
-        piece = Piece(self._text, tokens, scored=scored, prompt=self._prompt)
+        usage = self.usage if self._counts and not self._count else None
+        piece = Piece(self._text, tokens, scored=scored, prompt=self._prompt, usage=usage)
         self._count += tokens
         self._text, self._scored, self._prompt = "", [], ()
         return piece
-
-    def _last(self) -> Piece:
-        """What is left, with as many tokens as make the sum that the server counted."""
-        if self._finish is None:
-            raise EngineError(f"{self._server} broke off")
-        if not self._apart_from_prompt():
-            raise UnsupportedError(f"{self._server} scores no prompts: leave echo or logprobs out", "echo")
-        piece = self._next() or Piece("", 0)
-        self.done = True
-        if self._job.sampling.max_tokens == 0:
-            return replace(piece, finish="length", usage=self._usages())
-        tokens = piece.tokens
-        if self._usage is not None:  # never fewer than none: a server may cut a token's text in two
-            tokens = max(0, self._usage.completion_tokens - (self._count - piece.tokens))
-        return replace(piece, tokens=tokens, finish=self._finish, usage=self._usages())
-
-    def _usages(self) -> Usage:
-        if self._usage is None:
-            return Usage(len(self._job.tokens))
-        details = self._usage.prompt_tokens_details
-        return Usage(self._usage.prompt_tokens, (details.cached_tokens or 0) if details else 0)
 
 
 def _scored(position: Candidate, top: Iterable[Candidate]) -> Scored:

@@ -21,14 +21,14 @@ class Breaker:
         self._clock = clock
         self._failures = 0
         self._until = 0.0
-        self._trying = False
+        self._trying: object = None
         self._why = ""
 
     @property
     def refusal(self) -> str:
         """Why no request is let through; empty when one is."""
         wait = self._until - self._clock()
-        if self._failures < self._limit or (wait <= 0 and not self._trying):
+        if self._failures < self._limit or (wait <= 0 and self._trying is None):
             return ""
         next_try = f"tried again in {wait:.1f} s" if wait > 0 else "being tried now"
         return f"failed {self._failures} times in a row and is {next_try}; the last time: {self._why}"
@@ -39,8 +39,8 @@ class Breaker:
 
         A request that is closed or cancelled says nothing; one that is refused was read by a server that lives.
         """
-        tries = self._failures >= self._limit
-        self._trying = self._trying or tries
+        this = object() if self._failures >= self._limit else None
+        self._trying = this or self._trying
         try:
             yield
         except (BusyError, PromptError, UnsupportedError):
@@ -54,9 +54,10 @@ class Breaker:
         else:
             self._failures = 0
         finally:
-            if tries:
-                self._trying = False
+            if this is self._trying:
+                self._trying = None
 
     def answered(self) -> None:
         """A first byte came: others may ask too. Until an answer is whole, one more failure opens it again."""
         self._failures = min(self._failures, self._limit - 1)
+        self._trying = None  # however long its answer takes: should it open again, the next may try

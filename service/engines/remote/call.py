@@ -33,6 +33,9 @@ DEFAULTED: Final = ("top_k", "min_p", "repetition_penalty")
 EXTENDED: Final = ("vllm", "llamacpp", "modelglue")
 """Servers, as `owned_by` of their models names them, that know those: they are told the neutral values too."""
 
+COUNTING: Final = ("vllm", "modelglue")
+"""Those that count in every chunk when asked to, so that an answer that is left before its end is counted too."""
+
 UNKNOWN_TO: Final[dict[str, dict[str, Callable[[Sampling], object]]]] = {
     "llamacpp": {
         "min_tokens": lambda sampling: sampling.min_tokens,
@@ -71,13 +74,15 @@ def call(job: Job, served: Served) -> tuple[str, Json]:
     token is asked for: servers refuse none.
     """
     sampling = job.sampling
+    # Scoring a prompt, the first count tells where the answer begins.
+    continuous = served.kind in COUNTING or sampling.prompt_logprobs is not None
     body: Json = {
         "model": served.model,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True} | ({"continuous_usage_stats": True} if continuous else {}),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        **_extensions(sampling, served.kind),
+        **_extensions(sampling, served),
     }
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
@@ -90,12 +95,15 @@ def call(job: Job, served: Served) -> tuple[str, Json]:
     return COMPLETIONS, body | _completion(job)
 
 
-def _extensions(sampling: Sampling, kind: str) -> Json:
+def _extensions(sampling: Sampling, served: Served) -> Json:
     fields = {name: getattr(sampling, name) for name in PASSED}
-    told = DEFAULTED if kind in EXTENDED else ()
+    told = DEFAULTED if served.kind in EXTENDED else ()
     fields = {name: value for name, value in fields.items() if value != getattr(NEUTRAL, name) or name in told}
-    if kind == "llamacpp":  # its own name, and over the whole text instead of the last 64 tokens
-        fields |= {"repeat_penalty": fields.pop("repetition_penalty"), "repeat_last_n": -1}
+    if served.kind == "llamacpp":
+        # Its own names: a penalty over the whole text instead of the last 64 tokens, for which it no longer takes -1;
+        # counts in every chunk.
+        fields |= {"repeat_penalty": fields.pop("repetition_penalty"), "repeat_last_n": served.window}
+        fields["timings_per_token"] = True
     return fields
 
 
@@ -128,8 +136,7 @@ def _completion(job: Job) -> Json:
     if wanted:
         fields["logprobs"] = max(wanted)
     if sampling.prompt_logprobs is not None:
-        # vLLM counts the prompt in every chunk then, so that the first tells where the answer begins.
-        fields |= {"echo": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        fields["echo"] = True
     return fields
 
 

@@ -71,11 +71,9 @@ class RemoteEngine:
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
         """A text's tokens, and a chat's, are the server's to count; max_tokens of the whole window is what is left."""
         expert = next(iter(experts))
-        if len(experts) > 1:
-            raise UnsupportedError(f"{' and '.join(experts)} cannot be mixed: other servers run them", "k")
+        self.check_mix(list(experts))
         server = self._servers[expert]
         served = server.served()
-        server.make_room()
         check(expert, served, prompt, sampling)
         if isinstance(prompt, Tokens):
             return Job(experts, prompt.ids, fit(expert, len(prompt.ids), served.window, sampling), prompt)
@@ -85,18 +83,36 @@ class RemoteEngine:
         return Job(experts, (), replace(sampling, max_tokens=wanted), prompt)
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
-        """Starts at the first piece asked for; closing it closes the server's stream."""
+        """Starts at the first piece asked for; closing it closes the server's stream.
+
+        The last piece comes after the stream's end: who reads no further leaves a connection that can be used again,
+        and a breaker that knows of the success. Raises a Failure, BusyError among them.
+        """
         server = self._servers[job.expert]
         path, body = call(job, server.served())
         server.make_room()  # out of the attempt, for it says nothing of the server
         reading = Reading(job)
-        with server.breaker.attempt():
-            async with aclosing(server.events(path, body)) as events:
-                async for event in events:
-                    if piece := reading.take(event):
-                        yield self._counted(job, piece)
-            if piece := reading.end():
-                yield self._counted(job, piece)
+        try:
+            with server.breaker.attempt():
+                async with aclosing(server.events(path, body)) as events:
+                    async for event in events:
+                        if piece := reading.take(event):
+                            yield piece
+                last = reading.end()
+        finally:
+            if reading.heard:
+                self._count(job.expert, reading.usage)
+        yield last
+
+    def check_mix(self, experts: Sequence[str]) -> None:
+        if len(experts) > 1:
+            raise UnsupportedError(f"{' and '.join(experts)} cannot be mixed: other servers run them", "k")
+
+    def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:
+        """Raises UnsupportedError for what is not tokens already."""
+        if isinstance(prompt, Tokens):
+            return prompt.ids
+        raise UnsupportedError(f"only {expert}'s server has its tokenizer: ask it there", "model")
 
     def decode(self, expert: str, ids: Sequence[int]) -> str:
         """Raises UnsupportedError: asking the server would take a wait, which there is none for here."""
@@ -118,8 +134,6 @@ class RemoteEngine:
         await asyncio.gather(*self._watches, return_exceptions=True)
         await self._client.aclose()
 
-    def _counted(self, job: Job, piece: Piece) -> Piece:
-        if piece.usage:
-            before = self._usage[job.expert]
-            self._usage[job.expert] = Usage(before.prompt + piece.usage.prompt, before.cached + piece.usage.cached)
-        return piece
+    def _count(self, expert: str, usage: Usage) -> None:
+        before = self._usage[expert]
+        self._usage[expert] = Usage(before.prompt + usage.prompt, before.cached + usage.cached)

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 LAST_BYTES = 0.5
 """Seconds that a server has after [DONE] to end its response, so that its connection can serve the next."""
 
+STOPPING = "the service is stopping"
+
 LONGEST_REFUSAL = 1 << 16
 """Bytes of a refusal that are read."""
 
@@ -233,7 +235,7 @@ class Server:
             if len(body) > LONGEST_REFUSAL:
                 break
         failure = refusal(self._expert, response, body)
-        if response.status_code == 404:  # it may serve another model by now
+        if response.status_code == 404 and isinstance(failure, EngineError):  # it may serve another model by now
             self._health = Status("loading", "its server is asked anew what it serves")
             self._served = None
         forbidden = response.headers.get("x-should-retry") == "false"
@@ -263,16 +265,18 @@ class Server:
     @asynccontextmanager
     async def _within(self, seconds: float) -> AsyncIterator[None]:
         """Raise EngineError after so many seconds, or when the server is closed."""
+        if self._closed:
+            raise EngineError(STOPPING)
         try:
-            async with asyncio.timeout(0 if self._closed else seconds) as wait:
+            async with asyncio.timeout(seconds) as wait:
                 self._waits.add(wait)
                 try:
                     yield
                 finally:
                     self._waits.discard(wait)
         except TimeoutError as exc:
-            why = "the service is stopping" if self._closed else f"{self._expert}'s server said nothing for {seconds} s"
-            raise EngineError(why) from exc
+            silent = f"{self._expert}'s server said nothing for {seconds} s"
+            raise EngineError(STOPPING if self._closed else silent) from exc
 
     async def _look(self) -> None:
         try:

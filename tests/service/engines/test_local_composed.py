@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import answer, generated, greedy, save_llama, serving
-from transformers import AutoConfig, AutoTokenizer
+from tiny import SHAPE, answer, generated, greedy, save_llama, serving
+from transformers import AutoConfig, AutoTokenizer, Qwen2Config
 
 from composed import ComposedConfig, ComposedForCausalLM
+from service.engines.local.expert import Loading, read
 
 LEVELS: list[dict[str, Any]] = [
     {"level": "ffn", "routing": "token"},
@@ -93,3 +94,19 @@ def test_long_prompts_are_read_in_parts_by_the_route_of_the_whole(folder: Path, 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = generated(reference, tuple(tokenizer(prompt)["input_ids"]), 12)
     assert asyncio.run(ask()) == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_layers_that_see_a_window_are_served_where_they_are_composed(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(save_llama(tmp_path / "llama"))
+    inner = Qwen2Config(
+        **SHAPE,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        use_sliding_window=True,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention"],
+    )
+    compose(inner, level="block", experts_per_token=2, trunk_layers=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = read("it", tmp_path, Loading(torch.float32, torch.device("cpu"))).load()
+    assert model.shape.layers == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import byte_level_tokenizer
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -25,9 +30,10 @@ from transformers import (
 from service.engines.base import EngineError
 from service.engines.local import ops
 from service.engines.local.decoder import Decoder, is_ours
+from service.engines.local.expert import Loading, read
 from service.engines.local.forward import Model, Segment, Step
 from service.engines.local.graphs import Graphs, Inputs, Recorded
-from service.engines.local.hosted import ATTENTION, Hosted
+from service.engines.local.hosted import ATTENTION, Hosted, near
 from service.engines.local.memory import Memory
 from service.engines.local.ops import PAGE
 from service.engines.local.weights import Shared, Weights
@@ -66,6 +72,68 @@ CONFIGS = {
     "phi3": Phi3Config(**BASE),
     "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3),
 }
+MIXED = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WHOLE = BASE | {"num_key_value_heads": None}
+HALF = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+GPT = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.3}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "apertus": BASE,
+    "arcee": BASE,
+    "codegen": GPT | {"rotary_dim": 16},
+    "cohere": BASE,
+    "cohere2": BASE | HALF,
+    "exaone4": BASE | HALF,
+    "gemma3": {"text_config": BASE | HALF | {"head_dim": 16}, "vision_config": {"num_hidden_layers": 1}},
+    "glm4": BASE | {"head_dim": 16},
+    "gpt_bigcode": GPT,
+    "gpt_neox": WHOLE,
+    "gpt_oss": BASE | HALF | MIXED | {"head_dim": 16},
+    "gptj": GPT | {"rotary_dim": 16},
+    "granite": BASE,
+    "mixtral": BASE | MIXED,
+    "nemotron": BASE | {"head_dim": 16},
+    "olmo2": BASE,
+    "olmo3": BASE | HALF,
+    "opt": WHOLE | {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.3},
+    "phi": BASE,
+    "phimoe": BASE | MIXED | {"sliding_window": 256},
+    "qwen3_moe": BASE | MIXED | {"head_dim": 16},
+    "seed_oss": BASE | {"head_dim": 16},
+    "smollm3": BASE,
+    "starcoder2": BASE | {"sliding_window": 8},
+    "vaultgemma": BASE | HALF | {"head_dim": 16},
+}
+"""By kind of model, all of them run by transformers' modules."""
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "bloom": (BASE, "its class does not provide for it"),
+    "deepseek_v3": (BASE | LATENT, r"layer 0 has keys of shape \(1, 1, "),
+    "diffllama": (BASE, "other keys and values than those that a layer has just kept"),
+    "doge": (BASE, "DogeAttention asks for attention with attention_mask"),
+    "dory": (BASE | HALF | {"n_input_layers": 0, "n_output_layers": 0, "n_recurrent_layers": 2}, "it keeps layer 2"),
+    "falcon": ({"vocab_size": 300, "hidden_size": 64, "num_attention_heads": 4}, "its class does not provide for it"),
+    "gemma3n_text": (
+        BASE | {"num_hidden_layers": 4, "layer_types": HALF["layer_types"] * 2, "num_kv_shared_layers": 2}
+        | {"head_dim": 16, "vocab_size_per_layer_input": 300, "activation_sparsity_pattern": [0.0] * 4},
+        "other keys and values than those that a layer has just kept",
+    ),
+    "granitemoehybrid": (BASE | {"layer_types": ["mamba", "attention"]}, "layers of linear_attention"),
+    "jetmoe": (BASE | {"num_key_value_heads": 4, "kv_channels": 16}, "other keys and values than those"),
+    "lfm2": (BASE | {"layer_types": ["conv", "full_attention"]}, "layers of conv"),
+    "llama4_text": (BASE | {"attention_chunk_size": 8}, "layers of chunked_attention"),
+    "mamba": ({"vocab_size": 300, "hidden_size": 64}, "its class does not provide for it"),
+    "qwen2_moe": (BASE | MIXED | HALF | {"use_sliding_window": True}, "layer 0 sees all tokens, its config says 8"),
+    "roberta": (WHOLE | {"is_decoder": True}, r"its logits are off by 0\.\d+ of their spread"),
+    "t5": ({}, "its class does not provide for it"),
+}  # fmt: skip
 OURS = [name for name, config in CONFIGS.items() if is_ours(config)]
 
 
@@ -87,6 +155,11 @@ def ours(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Decod
 
 def hosted(folder: Path) -> Hosted:
     return Hosted(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION))
+
+
+def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
+    byte_level_tokenizer().save_pretrained(folder)
+    return read("it", folder, Loading(dtype, CPU)).load()
 
 
 class Texts:
@@ -127,10 +200,20 @@ def test_logits_are_those_of_transformers_however_texts_are_cut_and_put_together
     name: str, kind: str, tmp_path: Path
 ) -> None:
     reference = saved(tmp_path, CONFIGS[name])
+    model: Model = ours(tmp_path, reference.config) if kind == "ours" else hosted(tmp_path)
+    assert_equal(model, reference)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_loaded_has_the_logits_of_transformers(kind: str, tmp_path: Path) -> None:
+    reference = saved(tmp_path, CONFIG_MAPPING[kind](**OTHERS[kind]))
+    assert_equal(loaded(tmp_path), reference)
+
+
+def assert_equal(model: Model, reference: Any) -> None:
     texts = random_texts()
     with torch.inference_mode():
         expected = [reference(torch.tensor([text])).logits[0] for text in texts]
-    model: Model = ours(tmp_path, reference.config) if kind == "ours" else hosted(tmp_path)
     given = Texts(model, texts)
     found = [
         *given.give((0, 40, 1), (1, 17, 17)),
@@ -151,6 +234,41 @@ def test_logits_are_those_of_transformers_however_texts_are_cut_and_put_together
     ]
     for logits_RV, (text, rows) in zip(found, wanted, strict=True):
         torch.testing.assert_close(logits_RV, expected[text][rows], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind in CONFIG_MAPPING])
+def test_what_would_have_other_logits_is_refused_when_it_is_loaded(kind: str, tmp_path: Path) -> None:
+    settings, reason = REFUSED[kind]
+    config = CONFIG_MAPPING[kind](**settings)
+    if "does not provide" in reason:
+        config.save_pretrained(tmp_path)
+    else:
+        saved(tmp_path, config)
+    sentence = r" is a \w+, whose attention cannot be exchanged: serve it elsewhere, with --expert NAME=URL \(.*"
+    with pytest.raises(EngineError, match=re.escape(str(tmp_path)) + sentence + reason):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "mixtral", "olmo3", "smollm3"])
+def test_rounding_refuses_nobody(kind: str, tmp_path: Path) -> None:
+    saved(tmp_path, CONFIG_MAPPING[kind](**OTHERS[kind]))
+    assert loaded(tmp_path, torch.bfloat16)
+
+
+def test_rounding_excuses_nobody(tmp_path: Path) -> None:
+    settings, reason = REFUSED["roberta"]
+    saved(tmp_path, CONFIG_MAPPING["roberta"](**settings))
+    with pytest.raises(EngineError, match=reason):
+        loaded(tmp_path, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"position_bias": torch.zeros(1)}, {"is_causal": False}, {"block_indices": [0]}], ids=str
+)
+def test_attention_that_we_have_not_is_refused_by_name(asked: dict[str, Any]) -> None:
+    attention, states = AttentionInterface()[ATTENTION], torch.zeros(1, 1, 1, 1)
+    with pytest.raises(EngineError, match=f"Identity asks for attention with {next(iter(asked))}"):
+        attention(torch.nn.Identity(), states, states, states, None, **asked)
 
 
 def test_a_row_has_the_same_bits_whoever_is_beside_it(tmp_path: Path) -> None:
@@ -243,3 +361,16 @@ def test_a_tensor_that_lacks_or_does_not_fit_is_named(tmp_path: Path) -> None:
     reference.config.intermediate_size = 96
     with pytest.raises(EngineError, match=r"no tensor model\.layers\.2"):
         ours(tmp_path, reference.config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "expected"),
+    [
+        (LlamaConfig, torch.bfloat16, 0.2),
+        (MixtralConfig, torch.bfloat16, 0.5),
+        (MixtralConfig, torch.float16, 0.125),
+        (MixtralConfig, torch.float32, 0.01),
+    ],
+)
+def test_rounding_may_send_a_token_to_other_experts_of_a_layer(kind: Any, dtype: torch.dtype, expected: float) -> None:
+    assert near(kind(), dtype) == pytest.approx(expected)

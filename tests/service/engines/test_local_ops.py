@@ -155,11 +155,37 @@ def test_attention_is_softmax_over_each_rows_own_tokens(shape: Shape, dtype: tor
     torch.testing.assert_close(context.attend(), context.expected().to(dtype), **rounding)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 16, 100, 129, 1000])
-def test_attention_sees_no_further_back_than_the_window(window: int) -> None:
-    context = Context(SHAPES[0], [1, 17, 130, 300], torch.float32)
-    found = context.attend(window=window)
-    torch.testing.assert_close(found, context.expected(window).float(), rtol=1e-5, atol=1e-5)
+def test_attention_sees_no_further_back_than_the_window(window: int, dtype: torch.dtype) -> None:
+    context = Context(SHAPES[0], [1, 17, 130, 300], dtype)
+    rounding = {"rtol": 2**-7, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(context.attend(window=window), context.expected(window).to(dtype), **rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 75])
+@pytest.mark.parametrize("shape", [*SHAPES, Shape(1, 10, 2, 96), Shape(1, 1, 1, 256)])
+def test_tokens_of_several_sequences_go_side_by_side(
+    engine: str, shape: Shape, window: int | None, dtype: torch.dtype
+) -> None:
+    """As in a step that reads several prompts and writes for others: rows of one table, of which each sees one more."""
+    context = Context(shape, [9, 150, 40, 200], dtype)
+    rows = [0, *[1] * 33, 2, 2, *[3] * 70]
+    last = [context.lengths[row] - rows[i + 1 :].count(row) for i, row in enumerate(rows)]
+    context.tables_BP, context.lengths_B = context.tables_BP[rows], torch.tensor(last)
+    context.qkv_BX = random(len(rows), context.qkv_BX.shape[1], dtype=dtype)
+    whole = context.attend(window=window)
+    context.keys, context.values = (
+        [each[row][:, :, :length] for row, length in zip(rows, last, strict=True)]
+        for each in (context.keys, context.values)
+    )
+    context.lengths = last
+    rounding = {"rtol": 2**-7, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(whole, context.expected(window).to(dtype), **rounding)
+    if engine == "c":
+        for row in range(len(rows)):
+            assert torch.equal(context.attend(slice(row, row + 1), window)[0], whole[row])
 
 
 def test_attention_needs_no_keys_beside_the_queries() -> None:

@@ -193,8 +193,8 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(llama: Path) -> None:
             await anext(running)
             waiting = [asyncio.create_task(whole(engine, "a", greedy(2))) for _ in range(2)]
             await until(lambda: engine.load()["llama"].waiting == 2)
-            with pytest.raises(BusyError, match="2 requests wait for llama") as refused:
-                engine.prepare({"llama": 1.0}, "a", greedy(2))
+            with pytest.raises(BusyError, match="3 requests are running at llama or wait") as refused:
+                await answer(engine, "a", greedy(2))
             assert refused.value.after > 0
             await running.aclose()
             await asyncio.gather(*waiting)

@@ -8,8 +8,10 @@ import json
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -39,6 +41,7 @@ from service.engines.echo import EchoEngine
 from service.engines.remote import Patience, Remote, RemoteEngine, RemoteError
 from service.engines.remote.breaker import Breaker
 from service.engines.remote.events import Event, Events
+from service.engines.remote.refusals import LONGEST_WAIT, retry_after
 from service.engines.several import SeveralEngines
 
 Json = dict[str, Any]
@@ -253,7 +256,7 @@ async def test_every_sampling_field_goes_by_vllms_name(upstream: Upstream, url: 
         "model": "tiny",
         "prompt": [1, 2],
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         "max_tokens": 8,
         "temperature": 0.5,
         "top_p": 0.9,
@@ -335,8 +338,9 @@ async def test_llama_cpp_is_asked_in_its_own_words_and_for_nothing_that_it_would
                 engine.prepare(OWL, "hi", sampling)
             assert refused.value.param == param
     body = upstream.asked[0][1]
-    assert (body["repeat_penalty"], body["repeat_last_n"]) == (1.3, -1)
+    assert (body["repeat_penalty"], body["repeat_last_n"], body["timings_per_token"]) == (1.3, 32, True)
     assert "repetition_penalty" not in body
+    assert body["stream_options"] == {"include_usage": True}
 
 
 @in_loop
@@ -396,6 +400,68 @@ async def test_pieces_come_as_the_server_writes_them_and_the_last_has_the_finish
         Piece("world", 1),
         Piece("", 2, "length", usage=Usage(3, 2)),
     ]
+
+
+def counted(chunk: bytes, counts: Json) -> bytes:
+    """A chunk that counts as well."""
+    return frame(json.loads(chunk.removeprefix(b"data: ")) | counts)
+
+
+COUNTS: Json = {
+    "vllm": {"usage": {"prompt_tokens": 3, "completion_tokens": 1}},
+    "llamacpp": {"timings": {"cache_n": 2, "prompt_n": 1, "predicted_n": 1, "predicted_ms": 0.001}},
+}
+
+
+@pytest.mark.parametrize(("kind", "known"), [("vllm", Usage(3)), ("llamacpp", Usage(3, 2))])
+@in_loop
+async def test_a_prompt_is_counted_with_the_first_piece_where_the_server_tells_it_then(
+    upstream: Upstream, url: str, kind: str, known: Usage
+) -> None:
+    upstream.models[0] |= {"owned_by": kind, "meta": {"n_ctx": WINDOW}}
+    more = counted(words(" world"), COUNTS[kind])
+    upstream.streams(counted(words("hello"), COUNTS[kind]), more, words("", "stop"), usage(3, 2, cached=2), DONE)
+    async with running(url) as engine:
+        pieces = await read(engine)
+        assert engine.load()["owl"] == Load(queries=3, hits=2)
+    assert pieces == [Piece("hello", 1, usage=known), Piece(" world", 1), Piece("", 0, "stop", usage=Usage(3, 2))]
+
+
+@pytest.mark.parametrize("kind", ["vllm", "llamacpp"])
+@in_loop
+async def test_an_answer_that_is_left_is_counted_once(upstream: Upstream, url: str, kind: str) -> None:
+    upstream.models[0] |= {"owned_by": kind, "meta": {"n_ctx": WINDOW}}
+    upstream.streams(*[counted(words(text), COUNTS[kind]) for text in ("hello", " world")], stalls=True)
+    async with running(url) as engine:
+        async with aclosing(engine.generate(engine.prepare(OWL, "hi", GREETING))) as pieces:
+            assert [(await anext(pieces)).text, (await anext(pieces)).text] == ["hello", " world"]
+        assert engine.load()["owl"].queries == 3
+
+
+@pytest.mark.parametrize("told", [{}, {"usage": {"prompt_tokens": 0, "completion_tokens": 1}}])
+@in_loop
+async def test_a_prompt_of_tokens_needs_no_servers_count(upstream: Upstream, url: str, told: Json) -> None:
+    upstream.streams(counted(words("hello"), told), stalls=True)
+    async with running(url) as engine:
+        async with aclosing(engine.generate(engine.prepare(OWL, Tokens((1, 2)), GREETING))) as pieces:
+            assert (await anext(pieces)).usage == (Usage(2) if told else None)
+        assert engine.load()["owl"].queries == 2
+
+
+@in_loop
+async def test_what_is_refused_is_not_counted(upstream: Upstream, url: str) -> None:
+    upstream.refuses(400, {"error": {"message": "no"}})
+    async with running(url) as engine:
+        await failure(engine, Tokens((1, 2)))
+        assert engine.load()["owl"] == Load()
+
+
+@pytest.mark.parametrize("timings", [{"prompt_n": 1, "predicted_n": 1}, [0.5], {"cache_n": -1, "prompt_n": 1}])
+@in_loop
+async def test_timings_in_another_form_are_not_read(upstream: Upstream, url: str, timings: object) -> None:
+    upstream.streams(counted(words("hello"), {"timings": timings}), words("", "stop"), usage(3, 1), DONE)
+    async with running(url) as engine:
+        assert await read(engine) == [Piece("hello", 1), Piece("", 0, "stop", usage=Usage(3))]
 
 
 @in_loop
@@ -534,6 +600,27 @@ async def test_a_server_without_done_or_usage_chunk_is_read_when_it_has_said_all
         assert await read(engine) == [Piece("hello", 1), Piece(" world", 1, "stop", usage=Usage(3))]
 
 
+@in_loop
+async def test_an_answer_that_the_servers_filter_ends_is_an_answer(upstream: Upstream, url: str) -> None:
+    upstream.streams(words("hello", "content_filter"), usage(3, 1), DONE)
+    async with running(url, failures=1) as engine:
+        assert await read(engine) == [Piece("hello", 1, "content_filter", usage=Usage(3))]
+        assert engine.status()["owl"].state == "ready"
+
+
+@pytest.mark.parametrize("finish", ["tool_calls", "function_call", "no_more_ideas"])
+@in_loop
+async def test_a_finish_that_has_no_meaning_here_is_refused_by_its_name(
+    upstream: Upstream, url: str, finish: str
+) -> None:
+    upstream.streams(said(None, finish), usage(3, 0), DONE)
+    async with running(url, failures=1) as engine:
+        failed = await failure(engine, CHAT)
+        assert isinstance(failed, UnsupportedError)
+        assert (finish in str(failed), failed.param) == (True, "model")
+        assert engine.status()["owl"].state == "ready"
+
+
 # How it is written
 
 
@@ -572,6 +659,8 @@ async def test_comments_and_cut_events_are_no_answer(upstream: Upstream, url: st
         ((b'event: error\ndata: {"message": "oh"}\n\n',), "oh"),
         ((b"data: {nonsense\n\n",), "what is no chunk"),
         ((words("", "abort"), DONE), "abort"),
+        ((words("", "error"), DONE), "error"),
+        ((counted(words(""), COUNTS["vllm"]),), "broke off"),
         ((DONE,), "broke off"),
         ((), "broke off"),
         ((words("", "stop"),), "broke off"),
@@ -647,7 +736,28 @@ async def test_an_engine_that_closes_ends_its_readers_and_their_streams(upstream
 
 
 @in_loop
-async def test_connections_are_used_again(upstream: Upstream, url: str) -> None:
+async def test_an_engine_that_is_closed_answers_nobody(upstream: Upstream, url: str) -> None:
+    async with running(url) as engine:
+        job = engine.prepare(OWL, "hi", GREETING)
+        await engine.aclose()
+        with pytest.raises(EngineError, match="the service is stopping"):
+            await anext(engine.generate(job))
+    assert not upstream.asked
+
+
+async def read_to_the_finish(engine: RemoteEngine) -> None:
+    """And no further, as streams over HTTP are read."""
+    async with aclosing(engine.generate(engine.prepare(OWL, "hi", GREETING))) as pieces:
+        async for piece in pieces:
+            if piece.finish:
+                return
+
+
+@pytest.mark.parametrize("reader", [read, read_to_the_finish])
+@in_loop
+async def test_connections_are_used_again(
+    upstream: Upstream, url: str, reader: Callable[[RemoteEngine], Awaitable[object]]
+) -> None:
     upstream.streams(*HELLO)
     ports = []
     count = upstream.answer
@@ -660,7 +770,7 @@ async def test_connections_are_used_again(upstream: Upstream, url: str) -> None:
     upstream.answer = answer  # type: ignore[method-assign]
     async with running(url, every=60) as engine:
         for _ in range(3):
-            await read(engine)
+            await reader(engine)
     assert len(set(ports)) == 1
 
 
@@ -751,6 +861,31 @@ async def test_the_wait_that_a_server_asks_for_is_kept(upstream: Upstream, url: 
         assert loop.time() - began >= 0.08
 
 
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after-ms": "1500"}, 1.5),
+        ({"retry-after-ms": "1500", "retry-after": "7"}, 1.5),
+        ({"retry-after": "0"}, 0),
+        ({"retry-after": "2.5"}, 2.5),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0),
+        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, LONGEST_WAIT),
+        ({"retry-after": "99999999"}, LONGEST_WAIT),
+        ({"retry-after-ms": "1e300"}, LONGEST_WAIT),
+        ({"retry-after-ms": "inf", "retry-after": "7"}, 7),
+        ({"retry-after-ms": "nan"}, None),
+        ({"retry-after-ms": "-5"}, None),
+        ({"retry-after": "9" * 400}, None),
+        ({"retry-after": "-inf"}, None),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:00 +99999999999999999999"}, None),
+        ({"retry-after": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_a_wait_is_a_number_of_seconds_up_to_an_hour(headers: dict[str, str], seconds: float | None) -> None:
+    assert retry_after(httpx.Headers(headers)) == seconds
+
+
 @in_loop
 async def test_a_server_that_forbids_another_try_is_not_tried_again(upstream: Upstream, url: str) -> None:
     upstream.refuses(503, x_should_retry="false")
@@ -779,11 +914,13 @@ async def test_more_requests_than_connections_are_refused_not_queued(upstream: U
         job = engine.prepare(OWL, "hi", GREETING)
         async with aclosing(engine.generate(job)) as pieces:
             await anext(pieces)
-            with pytest.raises(BusyError):
-                engine.prepare(OWL, "hi", GREETING)
-            with pytest.raises(BusyError):
-                await anext(engine.generate(job))
-        engine.prepare(OWL, "hi", GREETING)
+            for other in (job, engine.prepare(OWL, "hi", GREETING)):
+                with pytest.raises(BusyError):
+                    await anext(engine.generate(other))
+            assert engine.load()["owl"].running == 1
+        async with aclosing(engine.generate(job)) as pieces:
+            await anext(pieces)
+    assert len(upstream.asked) == 2
 
 
 # The breaker
@@ -832,6 +969,18 @@ async def test_refusals_do_not_count_as_failures(upstream: Upstream, url: str, s
         assert engine.status()["owl"].state == "ready"
 
 
+@in_loop
+async def test_an_answer_read_to_its_finish_is_a_success(upstream: Upstream, url: str) -> None:
+    upstream.refuses(500)
+    upstream.streams(*HELLO)
+    upstream.refuses(500)
+    async with running(url, failures=2) as engine:
+        await failure(engine)
+        await read_to_the_finish(engine)
+        await failure(engine)
+        assert engine.status()["owl"].state == "ready"
+
+
 class TestBreaker:
     @pytest.fixture
     def now(self) -> list[float]:
@@ -875,6 +1024,32 @@ class TestBreaker:
         now[0] = 11
         self.fail(breaker, answering=True)
         assert "boom" in breaker.refusal
+
+    def test_a_try_that_answers_for_long_does_not_keep_the_next_one_from_trying(
+        self, breaker: Breaker, now: list[float]
+    ) -> None:
+        self.fail(breaker)
+        self.fail(breaker)
+        now[0] = 11
+        with breaker.attempt():
+            breaker.answered()
+            self.fail(breaker)
+            assert breaker.refusal
+            now[0] = 22
+            assert not breaker.refusal
+
+    def test_a_try_that_ends_late_does_not_let_a_second_one_try(self, breaker: Breaker, now: list[float]) -> None:
+        self.fail(breaker)
+        self.fail(breaker)
+        now[0] = 11
+        late = breaker.attempt()
+        late.__enter__()
+        breaker.answered()
+        self.fail(breaker)
+        now[0] = 22
+        with breaker.attempt():
+            late.__exit__(GeneratorExit, GeneratorExit(), None)
+            assert "being tried now" in breaker.refusal
 
     def test_a_try_that_is_left_lets_the_next_one_try(self, breaker: Breaker, now: list[float]) -> None:
         self.fail(breaker)
@@ -931,6 +1106,61 @@ async def test_a_server_without_health_is_asked_for_its_models(upstream: Upstrea
         assert engine.status()["owl"].state == "ready"
         upstream.models[0]["max_model_len"] = 32
         await until(lambda: engine.about("owl").window == 32)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "gone", "code": "model_not_found"},
+        {"message": "gone", "param": "model", "code": None},
+        {"message": "The model `tiny` does not exist.", "type": "NotFoundError", "param": None, "code": 404},
+        {"message": "model is not found", "type": "not_found_error", "code": 404},
+    ],
+)
+@in_loop
+async def test_a_server_that_says_that_its_model_is_not_there_is_not_ready(
+    upstream: Upstream, url: str, error: Json
+) -> None:
+    upstream.refuses(404, {"error": error})
+    async with running(url, every=60) as engine:
+        failed = await failure(engine)
+        assert isinstance(failed, EngineError)
+        assert engine.status()["owl"].state == "loading"
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, {"detail": "Not Found"}),
+        (404, {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}}),
+        (404, "<html>"),
+        (
+            404,
+            {
+                "error": {
+                    "message": "This is not a chat model and thus not supported in the v1/chat/completions endpoint.",
+                    "param": "model",
+                    "code": None,
+                }
+            },
+        ),
+        (405, {"detail": "Method Not Allowed"}),
+        (501, {"error": {"message": "This server does not support chats", "type": "not_supported_error"}}),
+    ],
+)
+@in_loop
+async def test_a_server_without_an_endpoint_refuses_those_who_need_it_and_serves_the_others(
+    upstream: Upstream, url: str, status: int, body: object
+) -> None:
+    upstream.refuses(status, body)
+    upstream.streams(*HELLO)
+    async with running(url, every=60, failures=1) as engine:
+        failed = await failure(engine, CHAT)
+        assert isinstance(failed, UnsupportedError)
+        assert "owl's server has no /v1/chat/completions" in str(failed)
+        assert failed.param == "messages"
+        assert engine.status()["owl"].state == "ready"
+        assert len(await read(engine)) == 2
 
 
 @in_loop
@@ -1081,7 +1311,9 @@ async def test_an_expert_of_another_service_answers_as_it_does_there(
         assert engine.about("owl").window == 64
         pieces = await read(engine, prompt, Sampling(8))
         there = [piece async for piece in echo.generate(echo.prepare({"math": 1.0}, prompt, Sampling(8)))]
-        assert pieces == there
+        uncounted = [[replace(piece, usage=None) for piece in answer] for answer in (pieces, there)]
+        assert uncounted[0] == uncounted[1]
+        assert pieces[0].usage == pieces[-1].usage == there[-1].usage
         assert (await read(engine, prompt, Sampling(2)))[-1].finish == "length"
 
 
@@ -1112,3 +1344,40 @@ def test_a_bundle_is_served_by_local_and_remote_experts_alike(bundle: Bundle, se
             body = {"model": expert, "prompt": "one two"}
             assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == "one two"
     assert (here.finished, echo.finished) == (2, 1)
+
+
+# Under this service
+
+
+@pytest.fixture
+def client(bundle: Bundle, upstream: Upstream, url: str) -> Iterator[TestClient]:
+    """The bundle's math is at the upstream."""
+    here = EchoEngine(("code", "story"))
+    there = RemoteEngine({"math": Remote(url)}, Patience(**QUICK | {"failures": 1}))
+    with TestClient(create_app(bundle, SeveralEngines({"math": there, "code": here, "story": here}))) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        yield client
+
+
+def test_an_answer_cut_at_a_stop_string_is_counted(upstream: Upstream, client: TestClient) -> None:
+    upstream.streams(*[counted(words(text), COUNTS["vllm"]) for text in ("hello", " world")], stalls=True)
+    body = {"model": "math", "prompt": "hi", "stop": "wor"}
+    answer = client.post("/v1/completions", json=body).json()
+    assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("hello ", "stop")
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (3, 2)
+    metrics = client.get("/metrics").text
+    for name in ("vllm:prompt_tokens", "vllm:prefix_cache_queries"):
+        assert f'{name}_total{{model_name="math"}} 3.0' in metrics
+
+
+def test_a_filtered_answer_is_told_as_openai_tells_it(upstream: Upstream, client: TestClient) -> None:
+    upstream.streams(words("hello", "content_filter"), usage(3, 1), DONE)
+    upstream.streams(said("hello"), said(None, "content_filter"), usage(3, 1), DONE)
+    whole = client.post("/v1/completions", json={"model": "math", "prompt": "hi", "stop": "wor"}).json()
+    assert (whole["choices"][0]["text"], whole["choices"][0]["finish_reason"]) == ("hello", "content_filter")
+    chat = {"model": "math", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    *_, last, done = client.post("/v1/chat/completions", json=chat).text.split("\n\n")[:-1]
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "content_filter"
+    assert done == "data: [DONE]"
+    ended = 'vllm:request_success_total{finished_reason="content_filter",model_name="math"} 2.0'
+    assert ended in client.get("/metrics").text

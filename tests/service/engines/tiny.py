@@ -41,11 +41,14 @@ class FaultyConfig(LlamaConfig):
 
 
 class FaultyLlama(LlamaForCausalLM):
-    """Fails at the characters above, and at every step from BREAKS_STEP_AT tokens on."""
+    """Fails at the characters above, and at every step from BREAKS_STEP_AT tokens on; not without positions."""
 
     config_class = FaultyConfig
 
     def forward(self, input_ids: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        if position_ids is None:
+            return super().forward(input_ids, **kwargs)
+
         def met(character: str) -> Any:
             return input_ids == self.config.characters[character]
 

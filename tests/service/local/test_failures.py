@@ -109,6 +109,15 @@ def test_a_request_that_rules_every_token_out_is_refused_and_tried_nowhere_else(
     wait_until(lambda: idle(service))
 
 
+def test_every_answer_of_a_request_takes_a_place_in_the_queue(folders: dict[str, Path]) -> None:
+    with hosted(folders, most=1, queue=2) as service:
+        for answers in ({"n": 4}, {"prompt": ["a"] * 4}, {"best_of": 4}):
+            refused = post(service, **{"model": "math", "prompt": "the owl", "max_tokens": 3} | answers)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+            wait_until(lambda: idle(service))
+        assert post(service, model="math", prompt="the owl", max_tokens=3, n=3, temperature=1).status_code == 200
+
+
 def test_a_dead_device_thread_fails_readiness_and_all_requests_at_once(folders: dict[str, Path]) -> None:
     async def ask(url: str) -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=url, timeout=10) as client:

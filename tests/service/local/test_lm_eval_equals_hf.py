@@ -111,12 +111,12 @@ def evaluated(model: Any, tasks: list[dict[str, Any]], *, chat: bool = False) ->
     return {name: [sample["filtered_resps"] for sample in samples] for name, samples in found["samples"].items()}
 
 
-def completions(pair: Pair, **options: Any) -> LocalCompletionsAPI:
+def completions(pair: Pair, *, backend: str = "huggingface", **options: Any) -> LocalCompletionsAPI:
     return LocalCompletionsAPI(
         base_url=f"{pair.url}/v1/completions",
         model="math",
         tokenizer=str(pair.folder),
-        tokenizer_backend="huggingface",
+        tokenizer_backend=backend,
         max_length=pair.window,
         max_retries=1,
         **options,
@@ -142,6 +142,18 @@ def test_log_likelihoods_and_texts_are_those_of_transformers(pair: Pair, options
     for mine, other in zip(ours["rolling"], theirs["rolling"], strict=True):
         assert mine == pytest.approx(other, abs=1e-3)
     assert any(text for (text,) in ours["writing"])
+
+
+def test_the_harness_may_leave_its_tokens_to_the_service(pair: Pair) -> None:
+    remote, own = completions(pair, backend="remote"), completions(pair)
+    for text in SENTENCES:
+        ids = remote.tokenizer.encode(text)
+        assert ids == own.tokenizer.encode(text, add_special_tokens=False)
+        assert remote.tokenizer.decode(ids) == text
+    for name in ("bos_token", "eos_token", "pad_token", "eos_token_id"):
+        assert getattr(remote.tokenizer, name) == getattr(own.tokenizer, name)
+    tasks = [task(CHOICE, QUESTIONS), task(WRITING, SENTENCES)]
+    assert evaluated(remote, tasks) == evaluated(own, tasks)
 
 
 def test_chats_are_answered_as_by_transformers_in_the_same_template(pair: Pair) -> None:
