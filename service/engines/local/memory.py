@@ -47,6 +47,11 @@ class Memory:
         """A chunk that nobody has."""
         return self._free.pop() if self._free else None
 
+    def clear(self) -> None:
+        """Forget all that nobody uses."""
+        while (chunk := self.reclaim()) is not None:
+            self._free.append(chunk)
+
     def reclaim(self) -> int | None:
         """The chunk that has been without a page in use for the longest time, whoever had it."""
         idle = [(age, shelf, chunk) for shelf in self._shelves for age, chunk in shelf.idle_chunks()]

@@ -182,9 +182,12 @@ class Worker:
             try:
                 if self._enter(request, lanes):
                     continue
-                if not self._running():
+                if self._running():
+                    full.add(lanes[0])
+                    continue
+                lanes[0].memory.clear()  # what is known may lie scattered over more chunks than it needs
+                if not self._enter(request, lanes):
                     raise EngineError("its prompt does not fit into the key-value memory")
-                full.add(lanes[0])
             except Exception as exc:
                 self._fail(request.job.expert, request, exc)
 

@@ -175,6 +175,19 @@ def test_prompts_that_are_the_same_are_read_once_though_they_come_together(llama
     asyncio.run(ask())
 
 
+def test_what_lies_scattered_keeps_out_no_mixture_that_would_fit(llama: Path) -> None:
+    def prompt(length: int, by: int) -> Tokens:
+        return Tokens(tuple(3 + place * by % 290 for place in range(length)))
+
+    async def ask() -> None:
+        async with serving({"llama": llama, "twin": llama}, kv_bytes=2 * CHUNK_BYTES) as engine:
+            for each in (prompt(100, 1), prompt(60, 7)):  # the second one's pages are in both chunks
+                await whole(engine, each, greedy(1))
+            assert text(await whole(engine, prompt(60, 7), greedy(4), llama=0.5, twin=0.5))
+
+    asyncio.run(ask())
+
+
 def test_what_can_never_fit_is_refused_and_disturbs_nobody(llama: Path) -> None:
     async def ask() -> None:
         async with serving({"llama": llama}, kv_bytes=CHUNK_BYTES) as engine:
