@@ -228,6 +228,10 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise BundleError(f"no {MANIFEST} in {path}: did the build finish? (builder build --out {path})") from exc
+    except OSError as exc:
+        raise BundleError(
+            f"{path / MANIFEST} cannot be read ({exc.strerror}): is it a file, and yours to read?"
+        ) from exc
     except (ValidationError, ValueError, AttributeError) as exc:
         raise BundleError(f"{path / MANIFEST} is not a manifest: {_first_line(exc)}") from exc
     if manifest.router.kind not in ROUTERS:
@@ -264,14 +268,17 @@ def _expert_files(manifest: Manifest) -> list[tuple[str, Digest]]:
 def _check(path: Path, name: str, expected: Digest | None, *, hashed: bool) -> None:
     if expected is None:
         raise BundleError(f"the manifest of {path} does not list {name}: build it again")
+    file = path / name
     try:
-        size = (path / name).stat().st_size
+        size = file.stat().st_size
+        if size != expected.bytes:
+            raise BundleError(f"{file} has {size} bytes, not {expected.bytes}: truncated? Copy the bundle again")
+        if hashed and digest(file).sha256 != expected.sha256:
+            raise BundleError(f"{file} is not the file that was built (sha256 differs): copy the bundle again")
+    except FileNotFoundError as exc:
+        raise BundleError(f"{file} is missing: copy the bundle again, or build it again") from exc
     except OSError as exc:
-        raise BundleError(f"{path / name} is missing: copy the bundle again, or build it again") from exc
-    if size != expected.bytes:
-        raise BundleError(f"{path / name} has {size} bytes, not {expected.bytes}: truncated? Copy the bundle again")
-    if hashed and digest(path / name).sha256 != expected.sha256:
-        raise BundleError(f"{path / name} is not the file that was built (sha256 differs): copy the bundle again")
+        raise BundleError(f"{file} cannot be read ({exc.strerror}): is it a file, and yours to read?") from exc
 
 
 def _own_files(manifest: Manifest) -> list[str]:

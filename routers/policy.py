@@ -6,7 +6,7 @@ E experts, K selected.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -199,10 +199,13 @@ def lead(ranked_E: Vector, std_E: Vector) -> float:
     return float(ranked_E[0] - ranked_E[1]) / max(apart, 1e-6)
 
 
-def pin(experts: tuple[str, ...], expert: str) -> Route:
-    """The route of a request that names its expert. Raises RoutingError for one that is not there."""
+def pin(experts: tuple[str, ...], expert: str, policies: Iterable[str] = ("auto",)) -> Route:
+    """The route of a request that names its expert. Raises RoutingError for one that is not there.
+
+    policies: the models that are no experts.
+    """
     if expert not in experts:
-        raise RoutingError(f"no model {expert!r}; there are: auto, {', '.join(experts)}")
+        raise RoutingError(f"no model {expert!r}; there are: {', '.join((*policies, *experts))}")
     others = (Ranked(other, 0.0, 0.0, 0.0, 0.0, False, 0.0) for other in experts if other != expert)
     return Route((Ranked(expert, 0.0, 0.0, 0.0, 0.0, True, 1.0), *others), "pinned")
 

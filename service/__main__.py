@@ -22,8 +22,7 @@ from routers.prompt import PromptRouter
 from service import logs, tracing
 from service import settings as choices
 from service.access import Access, new_key
-from service.api import MAX_BODY
-from service.app import create_app
+from service.app import create_app, settled
 from service.completions import start
 from service.decisions import Decision, Request, evidence
 from service.ending import Drain
@@ -31,14 +30,14 @@ from service.engines.base import Engine, Message, Sampling
 from service.engines.later import LaterEngine
 from service.errors import ReloadError
 from service.metrics import Metrics
-from service.routelog import MOST_ROWS, RouteLog
+from service.routelog import RouteLog
 from service.server import address, listen, run
 from service.sessions import Sessions
 from service.settings import LOCAL_HOSTS, Dtype, LogFormat, LogLevel, Settings, SettingsError
 
 ASK_TOKENS: Final = 64
-POLL_SECONDS: Final = 0.1
 RELOAD_SECONDS: Final = 60.0
+DEFAULTS: Final = Settings(Path())
 
 logger = logging.getLogger(__name__)
 console = Console(highlight=False, emoji=False)
@@ -54,8 +53,8 @@ def option(help: str, name: str, *flags: str, **bounds: Any) -> Any:
 def serve(
     context: typer.Context,
     bundle: Annotated[Path | None, option("The folder that `builder build` wrote.", "BUNDLE")] = None,
-    host: Annotated[str, option("Address to listen on; 0.0.0.0 for every one.", "HOST")] = "127.0.0.1",
-    port: Annotated[int, option("Port to listen on; 0 for any free one.", "PORT", min=0, max=65535)] = 8000,
+    host: Annotated[str, option("Address to listen on; 0.0.0.0 for every one.", "HOST")] = DEFAULTS.host,
+    port: Annotated[int, option("Port to listen on; 0 for any free one.", "PORT", min=0, max=65535)] = DEFAULTS.port,
     ask: Annotated[list[str] | None, typer.Option(help="Answer this prompt once ready, then go on serving.")] = None,
     expert: Annotated[
         list[str] | None,
@@ -73,8 +72,12 @@ def serve(
         list[str] | None,
         option("Tokens that an expert's server takes, NAME=TOKENS, if it does not tell.", "EXPERT_WINDOW"),
     ] = None,
-    max_batch: Annotated[int, option("Requests of an expert that run at a time.", "MAX_BATCH", min=1)] = 64,
-    queue: Annotated[int, option("Requests of an expert that may wait; more get 429.", "QUEUE", min=1)] = 256,
+    max_batch: Annotated[
+        int, option("Requests of an expert that run at a time.", "MAX_BATCH", min=1)
+    ] = DEFAULTS.max_batch,
+    queue: Annotated[
+        int, option("Requests of an expert that may wait; more get 429.", "QUEUE", min=1)
+    ] = DEFAULTS.queue,
     kv_memory: Annotated[
         float | None,
         option("GB of key-value memory, for all experts (default: a quarter of what is free).", "KV_MEMORY", min=0.001),
@@ -119,20 +122,26 @@ def serve(
     deadline: Annotated[
         float | None, option("Seconds that a request may take (default: as long as it takes).", "DEADLINE", min=0.001)
     ] = None,
-    max_body: Annotated[int, option("Bytes of a request's body.", "MAX_BODY", min=1)] = MAX_BODY,
-    grace: Annotated[float, option("Seconds that answers may go on once told to stop.", "GRACE", min=0)] = 5,
+    max_body: Annotated[int, option("Bytes of a request's body.", "MAX_BODY", min=1)] = DEFAULTS.max_body,
+    grace: Annotated[
+        float, option("Seconds that answers may go on once told to stop.", "GRACE", min=0)
+    ] = DEFAULTS.grace,
     route_log: Annotated[
         Path | None, option("A SQLite file of every decision, for `builder route-replay` (default: none).", "ROUTE_LOG")
     ] = None,
-    route_log_rows: Annotated[int, option("Decisions that it keeps, the latest.", "ROUTE_LOG_ROWS", min=1)] = MOST_ROWS,
-    log_level: Annotated[LogLevel, option("How much to log.", "LOG_LEVEL")] = LogLevel.info,
-    log_format: Annotated[LogFormat, option("As lines to read, or as JSON objects.", "LOG_FORMAT")] = LogFormat.text,
+    route_log_rows: Annotated[
+        int, option("Decisions that it keeps, the latest.", "ROUTE_LOG_ROWS", min=1)
+    ] = DEFAULTS.route_log_rows,
+    log_level: Annotated[LogLevel, option("How much to log.", "LOG_LEVEL")] = DEFAULTS.log_level,
+    log_format: Annotated[
+        LogFormat, option("As lines to read, or as JSON objects.", "LOG_FORMAT")
+    ] = DEFAULTS.log_format,
     log_prompts: Annotated[
         bool, option("Keep prompts in the log and the route log.", "LOG_PROMPTS", "--log-prompts")
-    ] = False,
+    ] = DEFAULTS.log_prompts,
     trace: Annotated[
         bool, option("Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT.", "TRACE", "--trace")
-    ] = False,
+    ] = DEFAULTS.trace,
 ) -> None:
     """Serve a bundle behind the OpenAI API.
 
@@ -264,9 +273,8 @@ def engine_of(settings: Settings, read: Bundle) -> Engine:
 
 async def answer_all(prompts: Sequence[str], router: PromptRouter, engine: Engine) -> None:
     """Print the prompts with their answers, once no expert is loading any more."""
-    # An engine loads in threads of its own and has no event to wait for.
-    while any(status.state == "loading" for status in engine.status().values()):  # noqa: ASYNC110
-        await asyncio.sleep(POLL_SECONDS)
+    async for _ in settled(engine):
+        pass
     for prompt in prompts:
         say(f"\n> {prompt}\n", style="bold")
         try:

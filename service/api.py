@@ -290,7 +290,7 @@ class Api:
 
     def _expert(self, model: str) -> str:
         router = self._served.router
-        return router.policy.default if model in POLICIES else pin(router.experts, model).expert
+        return router.policy.default if model in POLICIES else pin(router.experts, model, POLICIES).expert
 
     def _state(self) -> State:
         """The service's: loading as long as any expert is, then ready if any is; routes leave out the others."""
@@ -301,7 +301,7 @@ class Api:
         listed: Json = {"id": name, "object": "model", "created": self._since, "owned_by": "modelglue"}
         if name in POLICIES:
             return listed | {"state": self._state()}
-        pin(self._served.router.experts, name)
+        pin(self._served.router.experts, name, POLICIES)
         state = self._engine.status()[name].state
         if state != "ready":
             return listed | {"state": state, "window": None, "facts": {}}

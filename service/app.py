@@ -22,8 +22,8 @@ from service import record as records
 from service.access import Access, Gate
 from service.api import MAX_BODY, PAGES, PATIENCE, Api
 from service.docs import Docs
-from service.ending import LAST_WORDS, Deadline, Drain
-from service.engines.base import Engine
+from service.ending import BODY_SECONDS, LAST_WORDS, Deadline, Drain, Upload
+from service.engines.base import Engine, Status
 from service.errors import CLIENT_LEFT
 from service.events import HEARTBEAT
 from service.metrics import Metrics
@@ -35,7 +35,7 @@ from service.schemas.queries import RouteQuery
 from service.served import Served
 
 LOOK_SECONDS: Final = 0.1
-"""Between two looks at whether experts are ready."""
+"""Between two looks at whether experts still load."""
 
 SHOWN: Final = ("x-request-id", "x-route-expert", "x-route-reason", "x-route-ms", "retry-after", "retry-after-ms")
 """Headers that a page of another origin may read."""
@@ -51,6 +51,7 @@ def create_app(
     tell: Sequence[Tell] = (),
     cors: Sequence[str] = (),
     deadline: float | None = None,
+    upload: float = BODY_SECONDS,
     max_body: int = MAX_BODY,
     patience: float = PATIENCE,
     heartbeat: float = HEARTBEAT,
@@ -58,8 +59,8 @@ def create_app(
 ) -> FastAPI:
     """The service over a bundle and an engine, which starts and ends with the app; so does the route log.
 
-    access: None takes everybody. tell: who else hears of every request. cors: origins; `*` is any. deadline: seconds.
-    `app.state.reload` reads the router again.
+    access: None takes everybody. tell: who else hears of every request. cors: origins; `*` is any. deadline,
+    upload: seconds, of a whole request and of a body's next bytes. `app.state.reload` reads the router again.
     """
     drain, served = drain or Drain(), Served(bundle)
     requests: set[asyncio.Task[None]] = set()
@@ -94,6 +95,7 @@ def create_app(
     for each in (*endpoints, Docs(endpoints).endpoints()):
         app.include_router(each)
     # What is added last comes first.
+    app.add_middleware(Upload, seconds=upload)
     if deadline is not None:
         app.add_middleware(Deadline, seconds=deadline)
     app.add_middleware(Gate, access=access, drain=drain, public=frozenset({*PAGES, "/docs", "/openapi.json"}))
@@ -113,16 +115,22 @@ def create_app(
     return app
 
 
-async def _watch(engine: Engine, metrics: Metrics) -> None:
-    """Note when each expert gets ready; an engine has no event for it."""
-    began, known = time.monotonic(), set[str]()
+async def settled(engine: Engine) -> AsyncGenerator[tuple[str, Status], None]:
+    """Every expert as soon as it loads no more: ready or failed. An engine has no event for it."""
+    known = set[str]()
     while len(known) < len(states := engine.status()):
-        for name in states.keys() - known:
-            if states[name].state == "ready":
-                metrics.loaded(name, time.monotonic() - began)
-            if states[name].state != "loading":
+        for name, status in states.items():
+            if name not in known and status.state != "loading":
                 known.add(name)
+                yield name, status
         await asyncio.sleep(LOOK_SECONDS)
+
+
+async def _watch(engine: Engine, metrics: Metrics) -> None:
+    began = time.monotonic()
+    async for name, status in settled(engine):
+        if status.state == "ready":
+            metrics.loaded(name, time.monotonic() - began)
 
 
 async def _failed(request: Request, exc: Exception) -> JSONResponse:

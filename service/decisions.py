@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeVar
 
 from routers.features import Features, TokenEmbeddings
-from routers.policy import NO_LIMITS, Limits, Route
+from routers.policy import NO_LIMITS, Limits, Route, pin
 from routers.prompt import AUTO, PromptRouter, Pull, Steps
 from service import sessions as keys
 from service.engines.base import Engine, EngineError, NotReadyError, Prompt, Sampling, Tokens, UnsupportedError
@@ -95,7 +95,7 @@ def decide(request: Request, router: PromptRouter, engine: Engine, sessions: Ses
     session, past = _session(request)
     steps: Steps | None = None
     if request.model not in POLICIES:
-        route = router.route("", model=request.model)
+        route = pin(router.experts, request.model, POLICIES)
         _check_alone(request.limits)
         text, limits = text_to_route(request.prompt, router, engine, pinned=True), request.limits
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from html import escape
@@ -39,15 +40,14 @@ class Docs:
     """`GET /openapi.json` and `GET /docs`, of these endpoints and of themselves."""
 
     def __init__(self, endpoints: Sequence[APIRouter]) -> None:
-        self._described = list(endpoints)
+        self._own = APIRouter(redirect_slashes=False)
+        self._own.add_api_route("/openapi.json", self.openapi, methods=["GET"])
+        self._own.add_api_route("/docs", self.docs, methods=["GET"])
+        self._described = (*endpoints, self._own)
 
     def endpoints(self) -> APIRouter:
         """Both."""
-        api = APIRouter(redirect_slashes=False)
-        api.add_api_route("/openapi.json", self.openapi, methods=["GET"])
-        api.add_api_route("/docs", self.docs, methods=["GET"])
-        self._described.append(api)
-        return api
+        return self._own
 
     async def openapi(self) -> Json:
         """This interface as an OpenAPI document."""
@@ -156,7 +156,7 @@ def _bounds(schema: Json) -> str:
 
 def _curl(method: str, path: str, media_type: str, example: Any) -> str:
     body = example if isinstance(example, str) else json.dumps(example)
-    return f"curl -X {method.upper()} $SERVICE{path} -H 'content-type: {media_type}' --data-binary '{body}'"
+    return f"curl -X {method.upper()} $SERVICE{path} -H 'content-type: {media_type}' --data-binary {shlex.quote(body)}"
 
 
 def _prose(text: str) -> str:

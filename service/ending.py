@@ -1,4 +1,4 @@
-"""What ends requests from without: a service that is told to stop, and the time that one may take."""
+"""What ends requests from without: a service that is told to stop, a body that does not come, a time that is over."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from service.errors import DeadlineError, SlowBodyError, StoppingError
 
 LAST_WORDS: Final = 1.0
 """Seconds that a request which is cut short has to say so."""
+
+BODY_SECONDS: Final = 60.0
+BODY_BYTES: Final = 1 << 16
+"""So many bytes of a body, or its end, have to come in so many seconds, and again in the next."""
 
 
 class Drain:
@@ -57,6 +61,37 @@ def cause(scope: Scope) -> ModelGlueError:
     """Why the request in this scope was cancelled: its time is over, or the service's is."""
     found: ModelGlueError | None = scope.get("ended_by")
     return found or StoppingError("the service is stopping")
+
+
+class Upload:
+    """Refuses a body that stands still or only drips: it would hold its request for ever."""
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        clock = asyncio.get_running_loop().time
+        until: float | None = clock() + self._seconds
+        came = 0
+
+        async def hear() -> Message:
+            nonlocal until, came
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError as exc:
+                raise SlowBodyError(f"the body stands still: {came} bytes came in {self._seconds:g} seconds") from exc
+            came += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                until = None
+            elif came >= BODY_BYTES:
+                until, came = clock() + self._seconds, 0
+            return message
+
+        return await self._app(scope, hear, send)
 
 
 class Deadline:

@@ -26,7 +26,7 @@ class RequestError(ModelGlueError):
 
 
 class AccessError(ModelGlueError):
-    """No key, one that is not known, or one that may not do this."""
+    """No key, or one that is not known."""
 
 
 class ForbiddenError(ModelGlueError):
@@ -119,13 +119,18 @@ def body(exc: Exception) -> dict[str, Any]:
     return error(sentence, kind(exc).type, getattr(exc, "param", None), code)
 
 
+def told(exc: Exception, scope: Scope) -> dict[str, Any]:
+    """The body of a request that failed so; its record has the code."""
+    found = body(exc)
+    scope["record"].code = found["error"]["code"]
+    return found
+
+
 def answer(exc: Exception, scope: Scope) -> JSONResponse:
-    """The answer to a request that failed so; its record says why."""
-    told = body(exc)
-    record = scope["record"]
-    record.code = told["error"]["code"]
+    """The answer to it."""
     # What is not ours is answered outside of the middleware, which would have said the name.
-    return JSONResponse(told, kind(exc).status, headers(exc) | {"x-request-id": record.id})
+    name = {"x-request-id": scope["record"].id}
+    return JSONResponse(told(exc, scope), kind(exc).status, headers(exc) | name)
 
 
 def error(message: str, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import aclosing, suppress
 from typing import Final
 
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from routers.errors import ModelGlueError
 from service import errors
@@ -47,36 +47,41 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._completion):
             try:
-                await super().__call__(scope, receive, send)
+                await self._stream(scope, receive, send)
             except asyncio.CancelledError:  # not by a client that leaves: that is noticed above
-                told = errors.body(cause(scope))
-                scope["record"].code = told["error"]["code"]
-                last = _event(told) + DONE
                 with suppress(TimeoutError):  # one that does not read does not hold up the end
                     async with asyncio.timeout(LAST_WORDS):
-                        await send({"type": "http.response.body", "body": last.encode()})
+                        await send(_last(cause(scope), scope))
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except Exception as exc:
+            experts = ", ".join(part.decision.route.expert for part in self._completion.parts)
+            # What is ours to explain was logged where it happened.
+            logger.error("a stream of expert %s broke: %r", experts, exc, exc_info=not isinstance(exc, ModelGlueError))
+            await send(_last(exc, scope))
 
 
 async def _events(completion: Completion, writer: Writer, counted: bool, heartbeat: float) -> AsyncGenerator[str, None]:
-    try:
-        async with aclosing(completion.pieces(heartbeat)) as pieces:
-            begun = set[int]()
-            async for came in pieces:
-                told = ""
-                for index, piece in came:
-                    if index not in begun or piece.text or piece.finish or piece.scored:
-                        told += _event(writer.chunk(index, piece))
-                        begun.add(index)
-                if told or not came:
-                    yield told or WAITING
-        if counted:
-            yield _event(writer.count())
-    except Exception as exc:  # the status is sent: an event is all that can still tell
-        experts = ", ".join(part.decision.route.expert for part in completion.parts)
-        # What is ours to explain was logged where it happened.
-        logger.error("a stream of expert %s broke: %r", experts, exc, exc_info=not isinstance(exc, ModelGlueError))
-        yield _event(errors.body(exc))
+    async with aclosing(completion.pieces(heartbeat)) as pieces:
+        begun = set[int]()
+        async for came in pieces:
+            told = ""
+            for index, piece in came:
+                if index not in begun or piece.text or piece.finish or piece.scored:
+                    told += _event(writer.chunk(index, piece))
+                    begun.add(index)
+            if told or not came:
+                yield told or WAITING
+    if counted:
+        yield _event(writer.count())
     yield DONE
+
+
+def _last(exc: Exception, scope: Scope) -> Message:
+    """Of a stream that breaks: its status is sent, so that an event is all that can still tell."""
+    return {"type": "http.response.body", "body": (_event(errors.told(exc, scope)) + DONE).encode()}
 
 
 def _event(data: object) -> str:

@@ -15,7 +15,7 @@ from routers.prompt import AUTO
 from service.schemas import shapes
 from service.schemas.bodies import ChatBody, CompletionBody
 from service.schemas.feedback import FeedbackBody
-from service.schemas.fields import EXTENSION, Json, Strict
+from service.schemas.fields import Json, Strict
 from service.schemas.queries import DetailQuery, DetokenizeBody, EmbeddingsBody, ModelQuery, RouteQuery, TokenizeBody
 
 JSON: Final = "application/json"
@@ -70,7 +70,9 @@ _ROUTE = Endpoint({JSON: shapes.Route | list[shapes.Route]}, _EITHER, JSON, Deta
 ENDPOINTS: Final[Mapping[str, Endpoint]] = {
     "complete": _COMPLETE,
     "chat": _CHAT,
-    "embed": Endpoint({JSON: shapes.Embeddings}, (EmbeddingsBody,), example={"input": ["a text", "another"]}),
+    "embed": Endpoint(
+        {JSON: shapes.Embeddings}, (EmbeddingsBody,), example={"input": ["a text", "another"]}, failures=(404,)
+    ),
     "route_of_query": Endpoint({JSON: shapes.Route}, query=RouteQuery, failures=(400, 404), asks=HINTS),
     "route_of_body": _ROUTE,
     "routes_of_lines": Endpoint({LINES: shapes.Route}, _EITHER, LINES, DetailQuery, LINE, asks=HINTS),
@@ -162,24 +164,11 @@ class Schemas:
             if "properties" in schema:
                 schema.setdefault("additionalProperties", False)
             self.named[name] = _untitled(schema)
-        for body in bodies:
-            _widen(body, self.named[body.__name__])
 
     def of(self, kind: Any) -> Json:
         """One type's."""
         found: Json = _untitled(self._found[repr(kind)])
         return found
-
-
-def _widen(body: type[Strict], schema: Json) -> None:
-    """What `Strict.of` takes beside the fields: null for any, others' fields at values that ask for nothing."""
-    properties = schema["properties"]
-    for name in properties.keys() - set(schema.get("required", ())):
-        properties[name] = {"anyOf": [properties[name], {"enum": [None, *body.neutral.get(name, ())]}]}
-    for name in body.neutral.keys() - properties.keys():
-        properties[name] = {"enum": [None, *body.neutral[name]], "description": "Not served."}
-    schema["properties"] = dict(sorted(properties.items()))
-    schema["patternProperties"] = {f"^{EXTENSION}": {"description": "The client's own; ignored."}}
 
 
 def _operation(route: APIRoute, schemas: Schemas) -> Json:

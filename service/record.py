@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,8 +17,8 @@ from routers.bundle import Bundle
 from service.completions import Answer, Completion, Part
 from service.errors import CLIENT_LEFT
 
-LONGEST_ID: Final = 200
-"""Characters of a client's own request id; a longer one is replaced."""
+NAME: Final = re.compile("[\x21-\x7e]{1,200}")
+"""A client's own request id; any other, which might forge fields of a line of the log, is replaced."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,8 +86,8 @@ class Requests:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        named = headers.get("x-request-id") or ""
-        name = named if 0 < len(named) <= LONGEST_ID else uuid.uuid4().hex
+        named = headers.get("x-request-id", "")
+        name = named if NAME.fullmatch(named) else uuid.uuid4().hex
         record = scope["record"] = Record(name, scope["method"], scope["path"], headers.get("traceparent"))
         whole = False
 
@@ -95,9 +96,8 @@ class Requests:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = record.id
-            elif message["type"] == "http.response.body":
-                whole = not message.get("more_body", False)
             await send(message)
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         task = asyncio.current_task()
         assert task is not None

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -29,6 +30,8 @@ MOST_ROWS: Final = 1_000_000
 MOST_WAITING: Final = 10_000
 """Decisions that may wait for the disk; more are lost, and counted."""
 BATCH_SECONDS: Final = 0.1
+LAST_SECONDS: Final = 10.0
+"""Seconds that a disk has for what still waits at the end; a disk that hangs holds nothing up."""
 CERTAIN: Final = 1.0
 """The propensity of what nothing was left to chance in."""
 
@@ -96,10 +99,14 @@ class RouteLog:
         if not known:
             raise UnknownRequestError(f"no request {request!r} is in the route log: send an answer's x-request-id")
 
-    def close(self) -> None:
-        """Write what waits, then end."""
-        self._queue.put(None)
-        self._thread.join()
+    def close(self, seconds: float = LAST_SECONDS) -> None:
+        """Write what waits, then end; what is not on the disk by then is lost."""
+        until = time.monotonic() + seconds
+        with suppress(queue.Full):
+            self._queue.put(None, timeout=seconds)
+        self._thread.join(max(until - time.monotonic(), 0))
+        if self._thread.is_alive():
+            logger.error("the route log %s could not be written to its end in %g seconds", self._path, seconds)
 
     def _run(self) -> None:
         connection: sqlite3.Connection | None = None
@@ -113,7 +120,8 @@ class RouteLog:
                 logger.error("%d entries of the route log are lost: %s", len(batch), exc)
                 self._give_up(batch, exc)
                 if connection is not None:
-                    connection.close()
+                    with suppress(sqlite3.Error):
+                        connection.close()
                 connection = None
         if connection is not None:
             connection.close()
@@ -135,8 +143,10 @@ class RouteLog:
                 break
             if each is None:
                 return batch, False
-            batch.append(each)
-            until = until or time.monotonic() + BATCH_SECONDS
+            # Feedback whose request was cut short is not kept; what is kept cannot be cancelled, and so is answered.
+            if isinstance(each, _Decided) or each.known.set_running_or_notify_cancel():
+                batch.append(each)
+                until = until or time.monotonic() + BATCH_SECONDS
         return batch, True
 
     def _write(self, connection: sqlite3.Connection, batch: Sequence[_Decided | _Rated]) -> None:
@@ -154,7 +164,7 @@ class RouteLog:
     def _give_up(self, batch: Sequence[_Decided | _Rated], exc: Exception) -> None:
         self.lost(sum(isinstance(each, _Decided) for each in batch))
         for each in batch:
-            if isinstance(each, _Rated):
+            if isinstance(each, _Rated) and not each.known.done():
                 each.known.set_exception(sqlite3.OperationalError(str(exc)))
 
     def _logged(self, decided: _Decided) -> Logged:

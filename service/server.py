@@ -10,12 +10,16 @@ import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from types import FrameType
+from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
 
 from routers.errors import ModelGlueError
 from service.ending import Drain
+
+UNREAD_SECONDS: Final = 60.0
+"""A client that so long takes nothing of what it is sent has left."""
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +28,7 @@ class ListenError(ModelGlueError):
     """The service cannot listen where it should."""
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, unread: float = UNREAD_SECONDS) -> socket.socket:
     """A socket that listens already. Raises ListenError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -34,6 +38,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise ListenError(f"port {port} of {host} {reason}: stop what is there, or choose another with --port") from exc
     # asyncio does this for sockets that it makes; without it every answer waits 40 ms for the client's ACK.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux's, for every connection: only the kernel sees what is taken
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * unread))
     return listening
 
 
@@ -45,12 +51,18 @@ def address(host: str, listening: socket.socket) -> str:
 
 async def run(app: FastAPI, listening: socket.socket, drain: Drain, beside: Coroutine[None, None, None]) -> None:
     """Serve on a socket until signals end it; `beside` is done meanwhile, and given up at the end."""
-    # No logging of uvicorn's own: what the process logs goes one way. Its grace is the drain's.
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=1)
-    server = Server(config, drain, asyncio.create_task(beside))
+    server = Server(configure(app), drain, asyncio.create_task(beside))
     reload = app.state.reload
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: server.keep(_reload(reload)))
     await server.serve(sockets=[listening])
+
+
+def configure(app: FastAPI, grace: int = 1) -> uvicorn.Config:
+    """uvicorn's part: no log of its own, for what the process logs goes one way; its grace comes after the drain's."""
+    # httptools, which uvicorn takes where it is installed, bounds no head of a request; h11's are 64 KB at most.
+    return uvicorn.Config(
+        app, http="h11", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=grace
+    )
 
 
 class Server(uvicorn.Server):

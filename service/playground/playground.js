@@ -269,7 +269,7 @@ async function showRelease() {
 
 function remembered(storage, name) {
   try {
-    return window[storage][name] ?? "";
+    return window[storage].getItem(name) ?? "";
   } catch {
     return ""; // storage is switched off
   }
@@ -277,7 +277,7 @@ function remembered(storage, name) {
 
 function remember(storage, name, value) {
   try {
-    window[storage][name] = value;
+    window[storage].setItem(name, value);
   } catch {
     // for this visit, then
   }
@@ -291,6 +291,7 @@ at("access").addEventListener("submit", (event) => {
   access.key = at("key").value.trim();
   remember("sessionStorage", "key", access.key);
   at("access").hidden = true;
+  showCode();
   showRelease();
   lookAgain();
 });

@@ -1,4 +1,6 @@
-// What is sent for a prompt, and the same as code to copy.
+// What is sent for a prompt, and the same as code to copy, which takes a key from the environment and never holds it.
+
+import { access } from "./client.js";
 
 const ALTERNATIVES = 5;
 
@@ -29,6 +31,7 @@ const WRITERS = {
     [
       `curl -N ${quoted(address(path))}`,
       ...Object.entries({ "content-type": "application/json", ...headers }).map(([name, value]) => `  -H ${quoted(`${name}: ${value}`)}`),
+      ...(access.key ? ['  -H "authorization: Bearer $OPENAI_API_KEY"'] : []),
       `  -d ${quoted(pretty(body))}`,
     ].join(" \\\n"),
   python: ({ path, body, headers }) => {
@@ -37,9 +40,10 @@ const WRITERS = {
     const given = Object.entries({ ...fields, ...extra }).map(([name, value]) => `    ${name}=${python(value, "    ")},`);
     const chat = path.includes("chat");
     return [
+      ...(access.key ? ["import os", ""] : []),
       "from openai import OpenAI",
       "",
-      `client = OpenAI(base_url=${python(address("v1"))}, api_key="none")`,
+      `client = OpenAI(base_url=${python(address("v1"))}, api_key=${access.key ? 'os.environ["OPENAI_API_KEY"]' : '"none"'})`,
       `stream = client.${chat ? "chat.completions" : "completions"}.create(`,
       ...given,
       ")",
@@ -53,7 +57,10 @@ const WRITERS = {
     [
       `const response = await fetch(${JSON.stringify(address(path))}, {`,
       '  method: "POST",',
-      `  headers: ${JSON.stringify({ "content-type": "application/json", ...headers })},`,
+      "  headers: {",
+      ...Object.entries({ "content-type": "application/json", ...headers }).map((each) => `    ${each.map((text) => JSON.stringify(text)).join(": ")},`),
+      ...(access.key ? ["    authorization: `Bearer ${process.env.OPENAI_API_KEY}`,"] : []),
+      "  },",
       `  body: JSON.stringify(${pretty(body).replaceAll("\n", "\n  ")}),`,
       "});",
       "if (!response.ok) throw new Error((await response.json()).error.message);",

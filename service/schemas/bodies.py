@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from service.decisions import Request
 from service.engines.base import Guide, Message, Prompt, Sampling, Tokens
 from service.errors import RequestError
-from service.schemas.fields import NEUTRAL, Json, Routed, Strict
+from service.schemas.fields import NEUTRAL, Json, Routed, Strict, Text, Values, as_list
 
 MOST_ANSWERS: Final = 1024
 """Answers that one request may ask for, over all of its prompts."""
@@ -19,13 +20,15 @@ MOST_ANSWERS: Final = 1024
 MOST_STOPS: Final = 64
 """Stop strings: OpenAI takes 4, and tasks of lm-evaluation-harness send more."""
 
+MOST_LOGPROBS: Final = 20
+"""Alternatives of a token that are told: OpenAI's for chats; its completions take 5, vLLM's 20."""
+
 T = TypeVar("T")
 Token = Annotated[int, Field(ge=0)]
 Some = Annotated[list[T], Field(min_length=1)]
 
 Prompts = str | Some[str] | Some[Token] | Some[Some[Token]]
-StopString = Annotated[str, Field(min_length=1)]
-Stops = StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)]
+Stops = Annotated[list[Text], Field(max_length=MOST_STOPS)]
 TOKEN: Final = re.compile("^[0-9]{1,10}$")
 BIASES: Final[Json] = {
     "propertyNames": {"pattern": TOKEN.pattern},
@@ -44,43 +47,36 @@ class StreamOptions(Strict):
 class TextPart(Strict):
     """A part of a message's content."""
 
+    neutral: ClassVar[Values] = dict.fromkeys(("cache_control", "prompt_cache_breakpoint"), ())
+
     type: Literal["text"]
     text: str
+
+
+def _as_parts(content: object) -> object:
+    if not isinstance(content, str | list):
+        raise ValueError('takes a text, or text parts: {"type": "text", "text": "..."}')
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class Turn(Strict):
     """One message of a chat; its content may come in text parts."""
 
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"enum": [None, []]}})
+    neutral: ClassVar[Values] = dict.fromkeys(
+        ("annotations", "audio", "function_call", "name", "reasoning", "reasoning_content", "refusal", "tool_calls"),
+        ([],),
+    )
+    # Clients send an assistant's message back as they got it, with whatever fields its server has.
+    blank: ClassVar[tuple[object, ...]] = ([],)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
+    content: Annotated[Some[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | Some[TextPart])]
     tool_call_id: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_blanks(cls, fields: Any) -> Any:
-        """Clients send an assistant's message back as they got it: `refusal: null`, `annotations: []`."""
-        if not isinstance(fields, dict):
-            return fields
-        return {
-            name: value
-            for name, value in fields.items()
-            if value is not None and (value != [] or name in cls.model_fields)
-        }
-
-    @field_validator("content", mode="before", json_schema_input_type=str | Some[TextPart])
-    @classmethod
-    def _joined(cls, content: Any) -> Any:
-        if not isinstance(content, list):
-            return content
-        if not content or not all(map(_is_text, content)):
-            raise ValueError('takes text parts only: {"type": "text", "text": "..."}')
-        return "\n".join(part["text"] for part in content)
 
     def message(self) -> Message:
         """The engine's form. `developer` is OpenAI's new word for `system`, which the experts' templates know."""
-        return Message("system" if self.role == "developer" else self.role, self.content)
+        content = "\n".join(part.text for part in self.content)
+        return Message("system" if self.role == "developer" else self.role, content)
 
 
 class JsonSchema(Strict):
@@ -145,7 +141,7 @@ class Body(Strict, Routed):
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[str, float] = Field(default={}, json_schema_extra=BIASES)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: list[str] = Field(default=[], max_length=MOST_STOPS)
+    stop: Annotated[Stops, BeforeValidator(as_list, json_schema_input_type=Text | Stops)] = Field(default=[])
     n: int = Field(default=1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -170,18 +166,6 @@ class Body(Strict, Routed):
     prompt_cache_options: Json = Field(default={})
     prompt_cache_retention: str = ""
     request_id: str = ""
-
-    @field_validator("stop", mode="before", json_schema_input_type=Stops)
-    @classmethod
-    def _as_list(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
-
-    @field_validator("stop")
-    @classmethod
-    def _not_empty(cls, stop: list[str]) -> list[str]:
-        if "" in stop:
-            raise ValueError("an empty stop string would end every answer at once")
-        return stop
 
     @field_validator("logit_bias")
     @classmethod
@@ -208,27 +192,21 @@ class Body(Strict, Routed):
 
     def requests(self, expert: str | None = None, session: str | None = None) -> tuple[Request, ...]:
         """A request for every prompt. expert, session: what headers say. Raises RequestError."""
-        model, sampling, limits = self.asked_model(expert), self.sampling(), self.limits()
-        stop, best_of = tuple(self.stop), max(self.n, self._best_of())
-        if len(self.prompts()) * best_of > MOST_ANSWERS:
-            raise RequestError(
-                f"{len(self.prompts()) * best_of} answers are asked for, {MOST_ANSWERS} are the most", "n"
-            )
+        prompts, best_of = self.prompts(), max(self.n, self._best_of())
+        if len(prompts) * best_of > MOST_ANSWERS:
+            raise RequestError(f"{len(prompts) * best_of} answers are asked for, {MOST_ANSWERS} are the most", "n")
+        sampling = self.sampling()
         return tuple(
-            Request(
-                prompt,
-                sampling,
-                model,
-                stop,
-                self.include_stop_str_in_output,
-                self.n,
-                best_of,
-                self.echoes(),
-                limits,
-                self.mixture,
-                session,
+            replace(
+                self.routed(prompt, expert, session),
+                sampling=sampling,
+                stop=tuple(self.stop),
+                keep_stop=self.include_stop_str_in_output,
+                n=self.n,
+                best_of=best_of,
+                echo=self.echoes(),
             )
-            for prompt in self.prompts()
+            for prompt in prompts
         )
 
     def sampling(self) -> Sampling:
@@ -240,22 +218,22 @@ class Body(Strict, Routed):
             )
         logprobs = self.alternatives()
         return Sampling(
-            max_tokens,
-            self.temperature,
-            self.top_p,
-            max(self.top_k, 0),
-            self.min_p,
-            self.repetition_penalty,
-            self.presence_penalty,
-            self.frequency_penalty,
-            tuple((int(token), bias) for token, bias in self.logit_bias.items()),
-            self.seed,
-            tuple(self.stop_token_ids),
-            self.ignore_eos,
-            self.min_tokens,
-            0 if logprobs is None and self._best_of() > self.n else logprobs,
-            logprobs if self.echoes() else None,
-            self._guide(),
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
+            seed=self.seed,
+            stop_tokens=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            logprobs=0 if logprobs is None and self._best_of() > self.n else logprobs,
+            prompt_logprobs=logprobs if self.echoes() else None,
+            guide=self._guide(),
         )
 
     def prompts(self) -> tuple[Prompt, ...]:
@@ -298,7 +276,7 @@ class CompletionBody(Body):
     max_tokens: int = Field(default=16, ge=0)
     best_of: int = Field(default=1, ge=1, le=128)
     echo: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=5)
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -355,7 +333,7 @@ class ChatBody(Body):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=20)
+    top_logprobs: int = Field(default=0, ge=0, le=MOST_LOGPROBS)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -373,12 +351,6 @@ class ChatBody(Body):
 
     def alternatives(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
-
-
-def _is_text(part: object) -> bool:
-    if not isinstance(part, dict) or part.keys() != {"type", "text"}:
-        return False
-    return part["type"] == "text" and isinstance(part["text"], str)
 
 
 def _is_string(value: object) -> bool:

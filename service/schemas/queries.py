@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from routers.errors import RoutingError
 from routers.explain import Detail
 from routers.prompt import AUTO
 from service.decisions import Request
 from service.engines.base import Prompt
-from service.schemas.bodies import Turn
-from service.schemas.fields import Routed, Strict
+from service.schemas.bodies import Token, Turn
+from service.schemas.fields import Routed, Strict, Text, Values, as_list
 
 MOST_INPUTS: Final = 2048
 """Texts of one request for embeddings, as with OpenAI."""
 
-Text = Annotated[str, Field(min_length=1)]
-Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+EMBEDDERS: Final = ("router", AUTO)
+"""Names of the one model that embeds."""
+
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
 
 
 class DetailQuery(BaseModel):
@@ -43,31 +46,24 @@ class RouteQuery(DetailQuery, Routed):
 
     def request(self, expert: str | None = None, session: str | None = None) -> Request:
         """The request whose route is asked for. expert, session: what headers say. Raises RequestError."""
-        model = self.asked_model(expert)
-        return Request(self.prompt, model=model, limits=self.limits(), mixture=self.mixture, session=session)
+        return self.routed(self.prompt, expert, session)
 
 
 class EmbeddingsBody(Strict):
-    """`POST /v1/embeddings`: the vectors that prompts are routed by, whatever the model is called."""
+    """`POST /v1/embeddings`: the vectors that prompts are routed by."""
 
-    neutral: ClassVar[dict[str, tuple[object, ...]]] = {"dimensions": ()}
+    neutral: ClassVar[Values] = {"dimensions": ()}
 
-    input: list[str] = Field(min_length=1, max_length=MOST_INPUTS)
-    model: Literal["auto", "router"] = "router"
+    input: Annotated[Texts, BeforeValidator(as_list, json_schema_input_type=Text | Texts)]
+    model: str = EMBEDDERS[0]
     encoding_format: Literal["float", "base64"] = "float"
     user: str = ""
 
-    @field_validator("input", mode="before", json_schema_input_type=Texts)
-    @classmethod
-    def _as_list(cls, texts: Any) -> Any:
-        return [texts] if isinstance(texts, str) else texts
-
-    @field_validator("input")
-    @classmethod
-    def _not_empty(cls, texts: list[str]) -> list[str]:
-        if "" in texts:
-            raise ValueError(f"number {texts.index('')} is empty, and has no vector")
-        return texts
+    @model_validator(mode="after")
+    def _of_a_model_that_embeds(self) -> Self:
+        if self.model not in EMBEDDERS:
+            raise RoutingError(f"no model {self.model!r} embeds; there are: {', '.join(EMBEDDERS)}")
+        return self
 
 
 class TokenizeBody(Strict):
@@ -94,11 +90,4 @@ class DetokenizeBody(Strict):
     """`POST /detokenize`."""
 
     model: str = AUTO
-    tokens: list[int]
-
-    @field_validator("tokens")
-    @classmethod
-    def _ids(cls, tokens: list[int]) -> list[int]:
-        if any(token < 0 for token in tokens):
-            raise ValueError("takes token ids, which are not negative")
-        return tokens
+    tokens: list[Token]

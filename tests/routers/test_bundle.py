@@ -89,6 +89,19 @@ def test_a_missing_file_is_named(bundle_path: Path) -> None:
         bundle.read(bundle_path)
 
 
+@pytest.mark.parametrize("name", [bundle.MANIFEST, bundle.TOKENIZER])
+def test_what_is_there_and_cannot_be_read_is_named(bundle_path: Path, name: str) -> None:
+    """A folder in a file's place, as large as the file; files of others are not read either."""
+    (bundle_path / name).unlink()
+    (bundle_path / name).mkdir()
+    if name != bundle.MANIFEST:
+        files = json.loads((bundle_path / bundle.MANIFEST).read_text())["files"]
+        size = (bundle_path / name).stat().st_size
+        edit(bundle_path, files=files | {name: {"bytes": size, "sha256": "0" * 64}})
+    with pytest.raises(BundleError, match=rf"{name} cannot be read \(Is a directory\)"):
+        bundle.read(bundle_path)
+
+
 def test_a_folder_without_a_manifest_asks_whether_the_build_finished(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="did the build finish"):
         bundle.read(tmp_path)

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from service.server import listen
+from service.server import UNREAD_SECONDS, configure, listen
 
 GRACE = 1
 
 
 @contextmanager
-def serve(app: FastAPI) -> Iterator[tuple[str, uvicorn.Server]]:
+def serve(app: FastAPI, unread: float = UNREAD_SECONDS) -> Iterator[tuple[str, uvicorn.Server]]:
     """The address of a server on a free port, in a thread, for as long as the context lasts; and the server."""
-    listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=GRACE))
+    listening = listen("127.0.0.1", 0, unread)
+    server = uvicorn.Server(configure(app, GRACE))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

@@ -119,7 +119,7 @@ def test_log_probabilities_come_in_the_legacy_shape(client: TestClient) -> None:
     }
 
 
-@pytest.mark.parametrize("top", [0, 1])
+@pytest.mark.parametrize("top", [0, 1, 20])
 def test_the_token_itself_is_always_among_its_alternatives(client: TestClient, top: int) -> None:
     (choice,) = choices(client, prompt="one two three four five", logprobs=top)
     found = choice["logprobs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from serving import serve, wait_until
 
 from routers.bundle import Bundle
 from service.app import create_app
+from service.ending import BODY_BYTES, Upload
 from service.engines.echo import EchoEngine
+from service.errors import SlowBodyError
 
 ROOT = Path(__file__).parents[2]
 STREAM: dict[str, Any] = {"prompt": "word " * 30, "max_tokens": 30, "stream": True}
@@ -154,23 +157,69 @@ def test_a_request_within_its_deadline_is_untouched(bundle: Bundle) -> None:
         assert client.post("/v1/completions", json=STREAM).text.endswith("data: [DONE]\n\n")
 
 
-def test_a_body_that_does_not_come_is_408(bundle: Bundle) -> None:
-    app = create_app(bundle, EchoEngine(bundle.router.experts), deadline=0.2)
+@pytest.mark.parametrize("limit", [{"deadline": 0.5}, {"upload": 0.5}])
+def test_a_body_that_does_not_come_is_408(bundle: Bundle, limit: dict[str, float]) -> None:
+    app = create_app(bundle, EchoEngine(bundle.router.experts), **limit)  # type: ignore[arg-type]
     with serve(app) as (url, _), socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
         connection.sendall(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"prompt"')
         assert connection.recv(9999).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_reader_that_stands_still_does_not_outlive_its_deadline(bundle: Bundle) -> None:
+@pytest.mark.parametrize(("size", "refused"), [(BODY_BYTES, False), (1, True)])
+def test_a_large_body_may_take_its_time_and_one_that_drips_may_not(size: int, refused: bool) -> None:
+    """By a clock of its own: fifty seconds go by before each message."""
+    now, left = 1000.0, 9
+
+    async def receive() -> dict[str, Any]:
+        nonlocal now, left
+        now, left = now + 50, left - 1
+        for _ in range(3):  # turns of the loop, in which what is due happens
+            await asyncio.sleep(0)
+        return {"type": "http.request", "body": b"x" * size, "more_body": left > 0}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+
+    async def story() -> None:
+        asyncio.get_running_loop().time = lambda: now  # type: ignore[method-assign]
+        await Upload(app, 60)({"type": "http"}, receive, None)  # type: ignore[arg-type]
+
+    with pytest.raises(SlowBodyError, match="1 bytes came in 60") if refused else nullcontext():
+        asyncio.run(story())
+    assert (left == 0) != refused
+
+
+def test_an_answer_may_take_its_time_once_its_body_is_here(bundle: Bundle) -> None:
+    engine = EchoEngine(bundle.router.experts, delay=0.7)
+    with TestClient(create_app(bundle, engine, upload=0.5)) as client:
+        assert client.post("/v1/completions", json=STREAM | {"max_tokens": 1}).text.endswith("data: [DONE]\n\n")
+
+
+def test_a_head_that_is_too_large_is_refused(folder: Path) -> None:
+    with (
+        process(folder) as (url, _),
+        socket.create_connection(("127.0.0.1", int(url.rstrip("/").rsplit(":", 1)[1]))) as connection,
+    ):
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-large: ".ljust(1 << 16, b"x"))
+        connection.sendall(b"xx")
+        assert connection.recv(9999).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(("deadline", "unread", "status"), [(3, 60, 504), (None, 1, 499)])
+def test_a_reader_that_stands_still_does_not_hold_its_answer_for_ever(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture, deadline: float | None, unread: float, status: int
+) -> None:
     """With its buffers full nothing can be sent to it, not even why it ends."""
+    caplog.set_level("INFO", "service.requests")
     engine = EchoEngine(bundle.router.experts, window=10**9)
     word = "x" * 10_000 + " "
     body = json.dumps({"prompt": word * 60, "max_tokens": 60, "stream": True, "n": 100}).encode()
-    with serve(create_app(bundle, engine, deadline=0.5)) as (url, _), socket.socket() as connection:
+    with serve(create_app(bundle, engine, deadline=deadline), unread) as (url, _), socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         wait_until(lambda: engine.running > 0)
-        wait_until(lambda: engine.running == 0, seconds=5)
-        assert engine.finished == 100
+        wait_until(lambda: f" {status} " in caplog.text, seconds=30)
+    assert (engine.running, engine.finished) == (0, 100)

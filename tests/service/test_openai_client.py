@@ -6,11 +6,12 @@ import asyncio
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import openai
 import pytest
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletionContentPartTextParam, ChatCompletionMessageParam
 from pydantic import BaseModel
 from serving import serve, wait_until
 
@@ -19,7 +20,7 @@ from routers.prompt import AUTO, PromptRouter
 from service.app import create_app
 from service.engines.base import BusyError, EngineError, Job, NotReadyError, Prompt, Sampling
 from service.engines.echo import EchoEngine
-from service.schemas.bodies import ChatBody, CompletionBody
+from service.schemas.bodies import ChatBody, CompletionBody, TextPart, Turn
 from service.schemas.fields import Strict
 from service.schemas.queries import EmbeddingsBody
 
@@ -289,3 +290,13 @@ def test_every_field_that_the_client_can_send_is_served_or_refused_by_name(
     own = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
     fields = inspect.signature(inspect.unwrap(create)).parameters.keys() - own
     assert fields <= body.model_fields.keys() | body.neutral.keys()
+
+
+@pytest.mark.parametrize(
+    ("sent", "part"),
+    [(each, Turn) for each in get_args(ChatCompletionMessageParam) if "Function" not in each.__name__]
+    + [(ChatCompletionContentPartTextParam, TextPart)],
+)
+def test_every_field_of_a_message_is_served_or_refused_by_name(sent: type, part: type[Strict]) -> None:
+    """The role `function` is gone from OpenAI's models too."""
+    assert get_type_hints(sent).keys() <= part.model_fields.keys() | part.neutral.keys()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,6 +121,19 @@ def test_the_examples_of_the_document_are_answered(client: TestClient, document:
             assert response.status_code == (404 if path == "/v1/feedback" else 200)  # of an answer that was not given
             asked += 1
     assert asked >= 10
+
+
+def test_the_commands_of_the_page_send_the_examples(client: TestClient, document: dict[str, Any]) -> None:
+    commands = [html.unescape(each) for each in re.findall(r"<pre>(curl [^<]*)</pre>", client.get("/docs").text)]
+    sent = [shlex.split(command)[-1] for command in commands]
+    told = [
+        content["example"]
+        for methods in document["paths"].values()
+        for operation in methods.values()
+        for content in operation.get("requestBody", {}).get("content", {}).values()
+    ]
+    assert sent == [each if isinstance(each, str) else json.dumps(each) for each in told]
+    assert any("'" in each for each in sent)
 
 
 def test_the_page_tells_every_endpoint_and_type_and_loads_nothing_from_elsewhere(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -462,21 +463,28 @@ def test_what_is_copied_answers_as_the_page_does(page: Any, format: str) -> None
     page.check(f"#{format}", force=True)
     text = ask(page, HOSTILE).locator(".text").inner_text()
     assert text == HOSTILE
-    commands = {"curl": ["bash", "-c"], "python": [sys.executable, "-c"]}
-    for tab, command in commands.items():
+    assert copied(page) == [HOSTILE] * 3
+    assert "API_KEY" not in page.content()
+
+
+def copied(page: Any, key: str = "") -> list[str]:
+    """What the code of each tab answers, as it is copied, with this key in the environment."""
+    said = []
+    for tab, command in {"curl": ["bash", "-c"], "python": [sys.executable, "-c"]}.items():
         page.click(f"#tab-{tab}")
         page.click("#copyCode")
         expect(page.locator("#copyCode")).to_have_text("Copied")
         code = page.evaluate("navigator.clipboard.readText()")
         assert code == page.locator("#code").text_content()
-        ran = subprocess.run([*command, code], capture_output=True, text=True, check=True).stdout
-        assert (joined(ran) if tab == "curl" else ran) == HOSTILE
+        environment = os.environ | {"OPENAI_API_KEY": key}
+        ran = subprocess.run([*command, code], capture_output=True, text=True, check=True, env=environment).stdout
+        said.append(joined(ran) if tab == "curl" else ran)
     page.click("#tab-javascript")
     code = page.locator("#code").text_content()
-    assert (
-        page.evaluate(f"async () => {{ let said; const console = {{ log: (t) => (said = t) }}; {code} return said; }}")
-        == HOSTILE
-    )
+    process = json.dumps({"env": {"OPENAI_API_KEY": key}})
+    console = "{ log: (text) => (said = text) }"
+    run = f"async () => {{ let said; const process = {process}, console = {console}; {code} return said; }}"
+    return [*said, page.evaluate(run)]
 
 
 def joined(stream: str) -> str:
@@ -588,7 +596,7 @@ def test_a_service_with_keys_is_used_with_one(chromium: Any, bundle: Bundle, sta
     (tmp_path / "keys").write_text(line)
     with (
         serve(create_app(bundle, stage, access=Access(tmp_path / "keys"))) as (url, _),
-        opened(chromium, url, wait=False) as page,
+        opened(chromium, url, wait=False, permissions=["clipboard-read", "clipboard-write"]) as page,
     ):
         expect(page.locator("#health")).to_have_text("an API key is needed")
         page.get_by_label("API key").fill(key)
@@ -596,8 +604,12 @@ def test_a_service_with_keys_is_used_with_one(chromium: Any, bundle: Bundle, sta
         expect(page.locator("#readiness li")).to_have_count(3)
         expect(page.locator("#access")).to_be_hidden()
         expect(ask(page, "python loop").locator(".text")).to_have_text("python loop")
-        page.click("#tab-curl")
-        assert key not in page.content()
+        assert copied(page, key) == ["python loop"] * 3
+        for tab in ("body", "curl", "python", "javascript"):
+            page.click(f"#tab-{tab}")
+            assert key not in page.content()
+        page.reload()
+        expect(ask(page, "python list").locator(".text")).to_have_text("python list")
 
 
 CARD = Scorecard(

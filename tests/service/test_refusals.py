@@ -18,6 +18,8 @@ from service.schemas.fields import Strict
 from service.schemas.queries import DetokenizeBody, EmbeddingsBody, TokenizeBody
 
 USER = {"role": "user", "content": "hi"}
+TEXT = {"type": "text", "text": "hi"}
+CACHED = "content[1].cache_control"
 
 
 class Refusing(EchoEngine):
@@ -84,7 +86,7 @@ def test_a_chats_field_that_is_not_served(client: TestClient, field: str, value:
         ("deny", ["gpt"]), ("cost_weight", -1),
         ("prompt", 1), ("prompt", {}), ("prompt", []), ("prompt", ["a", 1]), ("prompt", [1, True]), ("prompt", [-1]),
         ("prompt", [[1], []]), ("prompt", [[1], "a"]), ("prompt", [1.5]),
-        ("n", 0), ("n", 129), ("n", True), ("best_of", 0), ("logprobs", -1), ("logprobs", 6), ("logprobs", True),
+        ("n", 0), ("n", 129), ("n", True), ("best_of", 0), ("logprobs", -1), ("logprobs", 21), ("logprobs", True),
         ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("logit_bias", {"1": 101}), ("logit_bias", {"a": 1}),
         ("logit_bias", [1]), ("top_k", -2), ("min_p", 1.5), ("repetition_penalty", 0), ("min_tokens", -1),
         ("min_tokens", 17), ("stop_token_ids", ["a"]), ("ignore_eos", 1), ("response_format", {"type": "xml"}),
@@ -106,16 +108,44 @@ def test_a_value_out_of_bounds(client: TestClient, field: str, value: object) ->
         (["hi"], "messages[0]"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "function", "content": "4"}], "messages[0].role"),
-        ([USER, {"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[1].tool_calls"),
         ([USER, {"role": "assistant", "content": None}], "messages[1].content"),
-        ([USER | {"name": "Tom"}], "messages[0].name"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages[0].content"),
-        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "messages[0].content"),
-        ([{"role": "user", "content": ["hi"]}], "messages[0].content"),
+        ([USER | {"mood": "glad"}], "messages[0].mood"),
+        ([{"role": "user", "content": 4}], "messages[0].content"),
+        ([{"role": "user", "content": []}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": ["hi"]}], "messages[0].content[0]"),
     ],
 )
 def test_messages_that_are_none(client: TestClient, messages: object, param: str) -> None:
     assert refused(client, "/v1/chat/completions", {"messages": messages})["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("turn", "field"),
+    [
+        (USER | {"name": "Tom"}, "name"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "tool_calls"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "tool_calls"),
+        ({"role": "assistant", "function_call": {}}, "function_call"),
+        ({"role": "assistant", "audio": {"id": "x"}}, "audio"),
+        ({"role": "user", "content": [TEXT, TEXT | {"cache_control": {"type": "ephemeral"}}]}, CACHED),
+    ],
+)
+@pytest.mark.parametrize("before", [USER, {"role": "nobody"}])
+def test_a_field_of_a_message_that_is_not_served_is_told_before_anything_else(
+    client: TestClient, before: object, turn: object, field: str
+) -> None:
+    error = refused(client, "/v1/chat/completions", {"messages": [before, turn], "max_tokens": "many"})
+    assert (error["param"], error["code"]) == (f"messages[1].{field}", "unsupported_parameter")
+    assert error["message"] == f"messages[1].{field} is not served here: leave it out"
+
+
+def test_a_message_goes_back_as_it_came_with_fields_that_say_nothing(client: TestClient) -> None:
+    parts = [TEXT | {"cache_control": None}]
+    nothing = {"name": None, "tool_calls": [], "annotations": [], "audio": None, "refusal": None, "images": []}
+    body = {"messages": [USER | nothing, {"role": "assistant", "content": parts} | nothing]}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
 
 
 @pytest.mark.parametrize(("path", "needed"), [("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")])
@@ -187,6 +217,8 @@ def test_a_model_beside_a_header_that_pins_another(client: TestClient) -> None:
     body = {"prompt": "hi", "model": "code"}
     response = client.post("/v1/completions", json=body, headers={"x-expert": "math"})
     assert failure(response, 400)["param"] == "model"
+    response = client.post("/v1/completions", json=body | {"model": "automatic"}, headers={"x-expert": "math"})
+    assert failure(response, 400)["param"] == "model"
     response = client.post("/v1/completions", json={"prompt": "hi"}, headers={"x-expert": "gpt"})
     assert failure(response, 404)["code"] == "model_not_found"
 
@@ -208,15 +240,15 @@ def test_a_full_queue_says_when_to_come_again(bundle: Bundle, stream: bool) -> N
     [
         ("/v1/embeddings", {}, "input"),
         ("/v1/embeddings", {"input": []}, "input"),
-        ("/v1/embeddings", {"input": ["a", ""]}, "input"),
+        ("/v1/embeddings", {"input": ["a", ""]}, "input[1]"),
         ("/v1/embeddings", {"input": [[1, 2]]}, "input[0]"),
         ("/v1/embeddings", {"input": "a", "dimensions": 4}, "dimensions"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, "encoding_format"),
-        ("/v1/embeddings", {"input": "a", "model": "gpt"}, "model"),
+        ("/v1/embeddings", {"input": "a", "model": 1}, "model"),
         ("/tokenize", {}, None),
         ("/tokenize", {"prompt": "a", "messages": [USER]}, None),
         ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs"),
-        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {}, "tokens"),
     ],
 )
@@ -238,7 +270,13 @@ def test_a_model_that_is_not_there(client: TestClient) -> None:
         failure(client.get("/v1/models/some/where"), 404),
     ):
         assert error["code"] == "model_not_found"
-        assert "there are: auto, math, code, story" in error["message"]
+        assert "there are: auto, auto:best, auto:cheap, math, code, story" in error["message"]
+
+
+def test_a_model_that_embeds_nothing(client: TestClient) -> None:
+    error = refused(client, "/v1/embeddings", {"input": "hi", "model": "text-embedding-3-small"}, 404)
+    assert (error["code"], error["param"]) == ("model_not_found", None)
+    assert error["message"] == "no model 'text-embedding-3-small' embeds; there are: router, auto"
 
 
 def test_a_prompt_over_the_window(client: TestClient) -> None:

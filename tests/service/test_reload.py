@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ def lose(folder: Path) -> None:
     (folder / MANIFEST).unlink()
 
 
+def block(folder: Path) -> None:
+    lose(folder)
+    (folder / MANIFEST).mkdir()
+
+
 def rename(folder: Path) -> None:
     read = bundles.read(folder)
     names = {"math": "sums", "code": "code", "story": "story"}
@@ -95,6 +101,7 @@ def reweigh(folder: Path) -> None:
     [
         (truncate, "truncated"),
         (lose, "no manifest.json"),
+        (block, "manifest.json cannot be read"),
         (rename, "has the experts sums, code, story now"),
         (reweigh, "other weights of math"),
     ],
@@ -164,14 +171,19 @@ def test_with_keys_only_the_admins_may_reload_and_the_keys_are_read_again(folder
         assert ask(bob, "/v1/completions") == 200
 
 
+def says(url: str, text: str) -> bool:
+    return text in httpx.get(url).text
+
+
 def test_sighup_reloads(folder: Path) -> None:
     with process(folder) as (url, started):
         republish(folder)
         started.send_signal(signal.SIGHUP)
         wait_until(lambda: httpx.post(f"{url}v1/completions", json=BODY).json()["model"] == "math")
-        truncate(folder)
-        started.send_signal(signal.SIGHUP)
-        wait_until(lambda: 'result="refused"} 1.0' in httpx.get(f"{url}metrics").text)
+        for times, spoil in enumerate((truncate, block), 1):
+            spoil(folder)
+            started.send_signal(signal.SIGHUP)
+            wait_until(partial(says, f"{url}metrics", f'result="refused"}} {times}.0'))
         assert httpx.post(f"{url}v1/completions", json=BODY).json()["model"] == "math"
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
+import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from routers.routelog import Logged, RouteLogError
 from service.access import Access, new_key
 from service.app import create_app
 from service.engines.echo import EchoEngine
+from service.errors import UnknownRequestError
 from service.routelog import RouteLog
 
 BODY: dict[str, Any] = {"prompt": "write a python loop", "max_tokens": 3}
@@ -156,6 +160,53 @@ def test_a_broken_log_fails_no_request_and_is_written_again_once_it_can_be(bundl
         path.unlink()
         assert client.post("/v1/completions", json=BODY, headers={"x-request-id": "after"}).status_code == 200
     assert [row.request for row in kept(path)] == ["after"]
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_feedback_that_is_given_up_leaves_the_log_as_it_was(bundle: Bundle, tmp_path: Path, locked: bool) -> None:
+    """Whether it still waits or is being written, as it is where another process holds the file."""
+    path = tmp_path / "log"
+    with TestClient(app_of(bundle, path)) as client:
+        client.post("/v1/completions", json=BODY, headers={"x-request-id": "mine"})
+
+    async def story() -> None:
+        log = RouteLog(path)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE" if locked else "SELECT 1")
+            given_up = asyncio.create_task(log.rated("mine", 0, None, 0.1, None))
+            await asyncio.sleep(0.05)
+            given_up.cancel()
+            await asyncio.gather(given_up, return_exceptions=True)
+        async with asyncio.timeout(30):
+            await log.rated("mine", 0, None, 0.9, None)
+        log.close()
+
+    asyncio.run(story())
+    assert kept(path)[0].feedback == 0.9
+
+
+def test_a_disk_that_hangs_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, create, again = RouteLog(tmp_path / "log"), logs.create, threading.Event()
+
+    def hang(path: Path) -> sqlite3.Connection:
+        assert again.wait(60)
+        return create(path)
+
+    monkeypatch.setattr("routers.routelog.create", hang)
+
+    async def story() -> None:
+        rating = asyncio.create_task(log.rated("nobody", 0, None, 1.0, None))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(log.close, 0.1)
+        assert not rating.done()
+        again.set()
+        with pytest.raises(UnknownRequestError):
+            await rating
+
+    asyncio.run(story())
+    assert "could not be written to its end" in caplog.text
 
 
 def test_a_full_disk_fails_no_request(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,13 +79,17 @@ def test_pieces_arrive_as_they_are_made(bundle: Bundle) -> None:
     assert arrivals[0] < 0.5 * arrivals[-1]
 
 
-def test_an_engine_that_fails_in_mid_stream_is_an_error_event_and_done(bundle: Bundle) -> None:
+def test_an_engine_that_fails_in_mid_stream_is_an_error_event_and_done(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "service.requests")
     with TestClient(create_app(bundle, Breaking(bundle.router.experts, EngineError("code died")))) as client:
         response = client.post("/v1/completions", json=BODY | {"stream": True})
     piece, error, done, _ = response.text.split("\n\n")
     assert json.loads(piece.removeprefix("data: "))["choices"][0]["text"] == "one"
     assert json.loads(error.removeprefix("data: "))["error"]["message"] == "code died"
     assert done == "data: [DONE]"
+    assert "code=expert_failed" in caplog.text
 
 
 def test_a_bug_in_mid_stream_tells_nothing_of_the_inside(bundle: Bundle) -> None:

@@ -56,11 +56,10 @@ class Options:
     """How the engine runs.
 
     most: requests of an expert that run at a time; queue: those beside them that wait at most. chunk: tokens of
-    prompts in a round, half of it while somebody writes.
-    kv_bytes: of key-value memory, for all experts together; None is a share of what is free. dtype: bf16 where the
-    machine computes in it, else fp32. kinds: of the linear layers of the
-    experts that are named. memory_bytes: of all experts' weights, the others wait on disk; patience: seconds until who
-    waits for that memory is let in. threads: `default_threads`.
+    prompts in a round, half of it while somebody writes. kv_bytes: of key-value memory, for all experts together; None
+    is a share of what is free. dtype: bf16 where the machine computes in it, else fp32. kinds: of the linear layers of the experts that
+    are named. memory_bytes: of all experts' weights, the others wait on disk; patience: seconds until who waits for
+    that memory is let in. threads: `default_threads`.
     """
 
     most: int = 64
@@ -121,13 +120,15 @@ class LocalEngine:
         loaded = [self._expert(name) for name in experts]
         first = loaded[0]
         tokens = prompt.ids if isinstance(prompt, Tokens) else encode(first, prompt, within=first.window)
-        if isinstance(prompt, Tokens) and not all(0 <= id_ < first.vocabulary for id_ in tokens):
-            raise PromptError(f"a token of the prompt is not one of {first.name}'s {first.vocabulary}")
         if not tokens:
             raise PromptError("the prompt has no tokens")
         if len(loaded) > 1 and sampling.prompt_logprobs is not None:
             told = f"{', '.join(experts)} together score no prompts: leave echo or logprobs out, or ask for one of them"
             raise UnsupportedError(told, "echo")
+        # Tokenizers may have more tokens than weights do.
+        if beyond := [id_ for id_ in (max(tokens), min(tokens)) if not 0 <= id_ < first.vocabulary]:
+            known = f"{first.name}'s {first.vocabulary}"
+            raise PromptError(f"token {beyond[0]} of the prompt is not one of {known}: leave it out")
         window = min(expert.window for expert in loaded)
         sampling = fit(first.name, len(tokens), window, sampling)
         total = len(tokens) + (sampling.max_tokens or 0)
@@ -228,7 +229,13 @@ class LocalEngine:
 
     def _load(self) -> None:
         """In the loader's thread: one expert after another; one that fails leaves the others serving."""
-        memory = self._memory()
+        try:
+            memory = self._memory()
+        except Exception as exc:  # torch raises whatever it meets on the device
+            for name, status in self._status.items():
+                if status.state == "loading":
+                    self._fail(name, exc)
+            return
         for name, folder in self._folders.items():
             if self._worker.failure:
                 return
@@ -236,24 +243,35 @@ class LocalEngine:
                 try:
                     self._experts[name] = read(name, folder, self._how)
                 except Exception as exc:  # transformers raises whatever it meets in the folder
-                    log.exception("%s failed to load", name)
-                    self._status[name] = failed_to_load(folder, exc)
+                    self._fail(name, exc)
                 else:
                     self._worker.add(self._experts[name], memory)
 
     def _memory(self) -> Memory:
-        """For pages of every expert whose config can be read; the others have failed by now."""
+        """For pages of every expert whose config can be read; the others have failed then. Raises EngineError."""
         pages = [1]
         for name, folder in self._folders.items():
             try:
                 pages.append(shape_of(config_of(folder)).page)
             except Exception as exc:
-                log.exception("%s failed to load", name)
-                self._status[name] = failed_to_load(folder, exc)
+                self._fail(name, exc)
         chunk = PAGES_A_CHUNK * max(pages)
-        size = self._options.kv_bytes or room.for_keys_and_values(self._how.device)
-        chunks = max(size // (chunk * self._how.dtype.itemsize), 1)
-        return Memory(chunks, chunk, self._how.dtype, self._how.device)
+        least, size = chunk * self._how.dtype.itemsize, self._options.kv_bytes
+        if size is None:
+            size = room.for_keys_and_values(self._how.device)
+        if size < least:
+            told = f"{size / 1e9:g} GB of key-value memory are less than a chunk of pages"
+            raise EngineError(f"{told}: give --kv-memory at least {math.ceil(least / 1e6) / 1e3:g}")
+        try:
+            return Memory(size // least, chunk, self._how.dtype, self._how.device)
+        except Exception as exc:  # RuntimeError, TypeError or OutOfMemoryError, by size and device
+            raise EngineError(
+                f"{size / 1e9:.2f} GB of key-value memory cannot be allocated: give --kv-memory less"
+            ) from exc
+
+    def _fail(self, name: str, exc: Exception) -> None:
+        log.error("%s failed to load", name, exc_info=exc)
+        self._status[name] = failed_to_load(self._folders[name], exc)
 
     def _tell(self, name: str, status: Status) -> None:
         """In a thread of the worker's."""
@@ -303,9 +321,9 @@ class _Answer:
 
 
 def default_threads() -> int:
-    """OMP_NUM_THREADS, which a container sets to its share of the node; else all cores but the event loop's."""
+    """OMP_NUM_THREADS; else all cores that this process may use but the event loop's."""
     stated = os.environ.get("OMP_NUM_THREADS", "")
-    return int(stated) if stated.isdecimal() and int(stated) else max(1, len(os.sched_getaffinity(0)) - 1)
+    return int(stated) if stated.isdecimal() and int(stated) else max(1, room.cores() - 1)
 
 
 def _put(deliveries: list[Delivery]) -> None:

@@ -1,8 +1,8 @@
 /* The arithmetic of a decoder's step on the processor, in bf16 or fp32. ops.py and linear.py say what each does.
 
-   Work is cut into tasks by its own shape alone, and a task is done by one thread in one order: results depend neither
-   on the number of threads nor on who else is in the batch. Every output of a matrix product is one chain of
-   multiply-adds over K, however many rows go through the weights together.
+   However work is cut into tasks, every sum has one order, which its own row alone decides: results depend neither on
+   the number of threads nor on who else is in the batch. Every output of a matrix product is one chain of multiply-adds
+   over K, however many rows go through the weights together.
 
    `wide` is 1 for fp32 and 0 for bf16. Products and sums may be fused, save where transformers rounds between them. */
 
@@ -81,7 +81,7 @@ INLINE void *at(const void *values, int64_t i, int wide) { return (char *)values
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Threads. Workers that come too late for a job are not waited for. */
+/* Threads. They do one job at a time. Workers that come too late for a job are not waited for. */
 
 typedef void (*Work)(const void *job, int64_t task);
 
@@ -172,12 +172,8 @@ static void loop(Work work, const void *job, int64_t tasks) {
     for (int64_t task = 0; task < tasks; task++) work(job, task);
 }
 
-static void run(Work work, const void *job, int64_t tasks) {
-    if (tasks < 2 || !pool.wanted) {
-        loop(work, job, tasks);
-        return;
-    }
-    pthread_mutex_lock(&pool.one);
+/* With pool.one held, which it gives back. */
+static void share(Work work, const void *job, int64_t tasks) {
     if (pool.started < pool.wanted) start();
     pthread_mutex_lock(&pool.lock);
     pool.work = work;
@@ -197,6 +193,24 @@ static void run(Work work, const void *job, int64_t tasks) {
     while (atomic_load(&pool.busy)) pthread_cond_wait(&pool.ended, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
     pthread_mutex_unlock(&pool.one);
+}
+
+/* With all threads, when they are free: a long job has them sooner by waiting than it would be done alone. */
+static void run(Work work, const void *job, int64_t tasks) {
+    if (tasks < 2 || !pool.wanted) {
+        loop(work, job, tasks);
+        return;
+    }
+    pthread_mutex_lock(&pool.one);
+    share(work, job, tasks);
+}
+
+/* With all threads, if they are free now: for short jobs, whose callers keep the interpreter's lock. */
+static void run_now(Work work, const void *job, int64_t tasks) {
+    if (tasks < 2 || !pool.wanted || pthread_mutex_trylock(&pool.one))
+        loop(work, job, tasks);
+    else
+        share(work, job, tasks);
 }
 
 /* How many of `count` rows make a task, where each does `each` steps: all, when there is little to do. */
@@ -251,7 +265,7 @@ void norm(int wide, void *hidden, const void *delta, const void *weight, float e
           int64_t width) {
     int64_t step = grain(rows, width);
     Norm job = {hidden, delta, weight, out, rows, width, step, eps};
-    run(wide ? norm_fp32 : norm_bf16, &job, (rows + step - 1) / step);
+    run_now(wide ? norm_fp32 : norm_bf16, &job, (rows + step - 1) / step);
 }
 
 typedef struct {
@@ -311,7 +325,7 @@ void place(int wide, void *qkv, const void *cos, const void *sin, void *memory, 
            float eps) {
     int64_t step = grain(rows, (heads + 2 * kv_heads) * width);
     Place job = {qkv, cos, sin, memory, slots, rows, heads, kv_heads, width, layer, step, q_norm, k_norm, eps};
-    run(wide ? place_fp32 : place_bf16, &job, (rows + step - 1) / step);
+    run_now(wide ? place_fp32 : place_bf16, &job, (rows + step - 1) / step);
 }
 
 typedef struct {
@@ -382,7 +396,7 @@ WIDE static void silu_fp32(const void *job, int64_t task) { silu_rows(job, task,
 void silu_mul(int wide, const void *gate_up, void *out, int64_t rows, int64_t width) {
     int64_t step = grain(rows, width * 2);
     Silu job = {gate_up, out, rows, width, step};
-    run(wide ? silu_fp32 : silu_bf16, &job, (rows + step - 1) / step);
+    run_now(wide ? silu_fp32 : silu_bf16, &job, (rows + step - 1) / step);
 }
 
 /* Attention. A task is a chunk of tokens below one key-value head, for a row, or for some rows of one sequence; then the

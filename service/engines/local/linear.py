@@ -34,11 +34,12 @@ class Linear(ABC):
     @staticmethod
     def of(weight_NK: Tensor, bias_N: Tensor | None = None, kind: Kind | None = None) -> Linear:
         """The layer of a weight, which it may keep; None is the weight's own dtype. Raises EngineError."""
-        compiled = weight_NK.device.type == "cpu" and library() is not None
+        # Panels lie in pairs of inputs.
+        panels = weight_NK.device.type == "cpu" and library() is not None and weight_NK.shape[1] % 2 == 0
         if kind is not None:
             levels = _LEVELS[kind](weight_NK)
-            return Panels(_panels(levels), weight_NK.shape, bias_N) if compiled else Quantised(levels, bias_N)
-        if compiled and weight_NK.dtype in _CODES and weight_NK.shape[1] % 2 == 0:
+            return Panels(_panels(levels), weight_NK.shape, bias_N) if panels else Quantised(levels, bias_N)
+        if panels and weight_NK.dtype in _CODES:
             return Panels(_panels(Levels(weight_NK)), weight_NK.shape, bias_N)
         return Plain(weight_NK, bias_N)
 

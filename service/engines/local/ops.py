@@ -32,7 +32,8 @@ _WIDE = {torch.bfloat16: 0, torch.float32: 1}
 _TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
 _SHORT = {"norm": "ipppfpnn", "place": "ipppppnnnnnppf", "silu_mul": "ippnn"}
 _LONG = {"gather": "ippnnnnpp", "attend": "ipnppppnnnnnnnf", "product": "ippppppnnn", "set_threads": "i"}
-"""Arguments of the C functions: short ones keep the interpreter's lock, which costs more to get back than they take."""
+"""Arguments of the C functions. Short ones keep the interpreter's lock, which costs more to get back than they take;
+they never wait for a job of another thread's."""
 
 
 @dataclass(frozen=True, slots=True)

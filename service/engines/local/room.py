@@ -1,8 +1,9 @@
-"""How much memory this process may still take, and what it gives back."""
+"""How much of the machine, or of its container's share, this process may take, and what memory it gives back."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,16 @@ def free(group: Path = GROUP) -> int:
     except (OSError, ValueError):  # no control group of version 2
         return available
     return min(available, max(int(most) - used, 0)) if most.isdecimal() else available
+
+
+def cores(group: Path = GROUP) -> int:
+    """How many it may run on: the machine's, or as many as the container's share of their time makes, rounded up."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (group / "cpu.max").read_text("utf-8").split()
+    except (OSError, ValueError):  # no control group of version 2
+        return allowed
+    return min(allowed, -(-int(quota) // int(period))) if quota.isdecimal() else allowed
 
 
 def give_back() -> None:

@@ -25,8 +25,8 @@ from service.engines.local.guides import Matcher
 BLOCK = 256
 HEAD = 2048
 """Of so many of the likeliest tokens top_k and top_p are served; the whole vocabulary is sorted where it takes more."""
-IN_CACHE = 8
-"""Rows that a CPU draws for at a time."""
+AT_ONCE = 1 << 18
+"""Logits that a CPU draws from at a time: larger intermediate results, glibc gives back and the system clears anew."""
 PROMPT_ROWS = 64
 TINY = torch.finfo(torch.float32).tiny
 
@@ -268,7 +268,7 @@ def _apply_guides(rows: Sequence[Row], scores_BV: Tensor) -> dict[int, Failure]:
 
 def _fill(ids_B: Tensor, some: Sequence[int], draw: Draw, rows: Sequence[Row], scores_BV: Tensor) -> None:
     """Write what some of the rows draw into the ids."""
-    step = IN_CACHE if scores_BV.is_cpu else len(rows)
+    step = max(1, AT_ONCE // scores_BV.shape[-1]) if scores_BV.is_cpu else len(rows)
     for part in (some[start : start + step] for start in range(0, len(some), step)):
         beside = part[-1] - part[0] == len(part) - 1
         of_R = slice(part[0], part[-1] + 1) if beside else torch.tensor(part, device=ids_B.device)

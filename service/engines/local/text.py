@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -42,7 +41,10 @@ def encode(expert: Expert, prompt: str | tuple[Message, ...], *, within: int | N
 
 
 class Alphabet:
-    """The bytes of single tokens, as log-probabilities are told with."""
+    """The bytes of single tokens, as log-probabilities are told with.
+
+    digest: of all tokens and their numbers; experts with the same can be mixed.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -50,6 +52,8 @@ class Alphabet:
         decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
         kinds = {each["type"] for each in decoder.get("decoders", [decoder]) if each}
         self._bytes = {char: byte for byte, char in enumerate(_byte_characters())} if "ByteLevel" in kinds else None
+        # Here and not when it is asked for, in the event loop: of a large vocabulary it takes a tenth of a second.
+        self.digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
     def raw(self, id_: int) -> bytes:
         """What a token stands for; a special one for its name, one that is none for nothing."""
@@ -63,11 +67,6 @@ class Alphabet:
         if byte := BYTE.fullmatch(token):
             return bytes([int(byte[1], 16)])
         return str(token).replace("\u2581", " ").encode()
-
-    @cached_property
-    def digest(self) -> str:
-        """Of all tokens and their numbers: experts with the same can be mixed."""
-        return hashlib.sha256(json.dumps(sorted(self._tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 class Detokenizer:

@@ -19,6 +19,7 @@ from tiny import (
     SLEEPS,
     WINDOW,
     answer,
+    byte_level_tokenizer,
     generated,
     greedy,
     read,
@@ -27,8 +28,9 @@ from tiny import (
     text,
     until,
 )
+from transformers import LlamaForCausalLM
 
-from service.engines.base import EngineError, Job, Message, NotReadyError, PromptError, Sampling, Status
+from service.engines.base import EngineError, Job, Message, NotReadyError, PromptError, Sampling, Status, Tokens
 from service.engines.local import LocalEngine, Options
 from service.engines.local.expert import Expert
 from service.engines.local.request import Request
@@ -36,6 +38,8 @@ from service.engines.local.sampler import Row
 from service.engines.local.worker import Worker
 
 PROMPTS = ["the owl", "def largest(numbers): return", "a", "日本語 👍", "the fox was afraid of the dark and", "max"]
+CHUNK_BYTES = 8 * 2 * 2 * 2 * 16 * 16 * 4
+"""Eight pages: two layers, keys and values, two heads, sixteen tokens, sixteen wide, fp32."""
 
 
 def expected(expert: Expert, reference: Any, prompt: str, count: int) -> str:
@@ -169,6 +173,65 @@ def test_too_long_a_prompt_is_refused_with_the_numbers(llama: Path) -> None:
             engine.prepare({"llama": 1.0}, "~" * 500, greedy(12))
             with pytest.raises(PromptError, match=r"500 tokens of prompt and 13 of answer .* window of 512"):
                 engine.prepare({"llama": 1.0}, "~" * 500, greedy(13))
+
+    asyncio.run(ask())
+
+
+def test_a_token_that_the_weights_do_not_have_is_refused_in_any_prompt(tmp_path: Path) -> None:
+    folders = {name: save_llama(tmp_path / name) for name in ("llama", "wide")}
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<more>"]})
+    more = tokenizer.convert_tokens_to_ids("<more>")
+    wide = LlamaForCausalLM.from_pretrained(folders["wide"])
+    wide.resize_token_embeddings(more + 1, mean_resizing=False)
+    wide.save_pretrained(folders["wide"])
+    for folder in folders.values():
+        tokenizer.save_pretrained(folder)
+
+    async def ask() -> None:
+        async with serving(folders) as engine:
+            for prompt in ("the <more>", (Message("user", "<more>"),), Tokens((5, more)), Tokens((-1, 5))):
+                with pytest.raises(PromptError, match=f"is not one of llama's {more}: leave it out"):
+                    engine.prepare({"llama": 1.0}, prompt, greedy(5))
+            assert await answer(engine, "the <more>", greedy(5), "wide")
+            assert await answer(engine, "the owl", greedy(5))
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("kv_bytes", "reason"),
+    [
+        (1 << 50, "1125899.91 GB of key-value memory cannot be allocated: give --kv-memory less"),
+        (1 << 80, "give --kv-memory less"),
+        (CHUNK_BYTES - 1, "less than a chunk of pages: give --kv-memory at least 0.001"),
+        (0, "give --kv-memory at least"),
+    ],
+)
+def test_key_value_memory_that_cannot_be_fails_every_expert(llama: Path, kv_bytes: int, reason: str) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama, "none": llama / "none", "other": llama}, kv_bytes=kv_bytes) as engine:
+            status = engine.status()
+            assert {each.state for each in status.values()} == {"failed"}
+            assert "no config.json" in status["none"].detail
+            with pytest.raises(EngineError, match=f"other cannot answer: .*{reason}"):
+                engine.prepare({"other": 1.0}, "the owl", greedy(1))
+
+    asyncio.run(ask())
+
+
+def test_a_chunk_of_key_value_memory_is_enough(llama: Path) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama, "other": llama}, kv_bytes=CHUNK_BYTES) as engine:
+            assert await answer(engine, "the owl", greedy(5)) == await answer(engine, "the owl", greedy(5), "other")
+
+    asyncio.run(ask())
+
+
+def test_a_device_that_is_not_there_fails_every_expert(llama: Path) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama}, kv_bytes=None, device="cuda:99") as engine:
+            assert engine.status()["llama"].state == "failed"
 
     asyncio.run(ask())
 

@@ -64,6 +64,14 @@ def test_a_quantised_layer_is_the_product_with_its_own_rows(outputs: int, inputs
         torch.testing.assert_close(linear(x).double(), expected, rtol=2**-7, atol=1e-2)
 
 
+def test_a_quantised_layer_may_have_an_odd_number_of_inputs() -> None:
+    weight, bias = layer(33, 7, torch.bfloat16)
+    linear = Linear.of(weight, bias, "int8")
+    restored = linear.rows(torch.arange(33)).double()
+    x = torch.randn(3, 7).bfloat16()
+    torch.testing.assert_close(linear(x).double(), x.double() @ restored.T + bias.double(), rtol=2**-7, atol=1e-2)
+
+
 @pytest.mark.parametrize(("kind", "loss"), [("int8", 0.01), ("int4", 0.09)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_quantised_weight_is_near_what_it_was(dtype: torch.dtype, kind: Kind, loss: float) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -266,6 +267,30 @@ def test_threads_leave_the_elementwise_steps_as_they_are(engine: str) -> None:
     alone = [ops.norm(hidden, weight, 1e-5), ops.silu_mul(gate_up)]
     ops.set_threads(3)
     assert all(map(torch.equal, [ops.norm(hidden, weight, 1e-5), ops.silu_mul(gate_up)], alone))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_callers_at_the_same_time_get_what_each_gets_alone(engine: str, dtype: torch.dtype) -> None:
+    hidden, weight, gate_up = (random(*sizes, dtype=dtype) for sizes in ((300, 576), (576,), (300, 1152)))
+    shape = SHAPES[0]
+    qkv, turns = random(300, 15 * 64, dtype=dtype), random(300, 64, dtype=dtype)
+    slots = torch.arange(300) // PAGE * shape.page + torch.arange(300) % PAGE * 64
+    context = Context(shape, [700, 3, 256, 1100, 129], dtype)
+
+    def placed() -> Tensor:
+        turned, memory = qkv.clone(), torch.zeros(19 * shape.page, dtype=dtype)
+        ops.place(turned, turns, turns, memory, slots, 0, shape)
+        return torch.cat((turned.flatten(), memory))
+
+    callers = [context.attend, lambda: ops.norm(hidden, weight, 1e-5), lambda: ops.silu_mul(gate_up), placed]
+    alone = [call() for call in callers]
+    ops.set_threads(3)
+
+    def repeat(call: Callable[[], Tensor], expected: Tensor) -> bool:
+        return all(torch.equal(call(), expected) for _ in range(100))
+
+    with ThreadPoolExecutor(len(callers)) as threads:
+        assert all(threads.map(repeat, callers, alone))
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,23 @@ def test_a_containers_limit_counts_before_the_machines(
 
 def test_keys_and_values_take_a_part_of_what_is_free() -> None:
     assert 0 < room.for_keys_and_values(torch.device("cpu")) <= min(room.MOST, room.free())
+
+
+@pytest.mark.parametrize(
+    ("share", "cores"),
+    [("50000 100000", 1), ("100000 100000", 1), ("99999999 100000", None), ("max 100000", None), (None, None)],
+)
+def test_a_containers_share_of_the_processors_counts_before_their_number(
+    tmp_path: Path, share: str | None, cores: int | None
+) -> None:
+    if share is not None:
+        (tmp_path / "cpu.max").write_text(f"{share}\n")
+    assert room.cores(tmp_path) == (cores or len(os.sched_getaffinity(0)))
+
+
+def test_a_part_of_a_core_counts_as_one(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("100001 100000\n")
+    assert room.cores(tmp_path) == min(2, len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this is for glibc")

@@ -21,7 +21,7 @@ from transformers import (
 
 from service.engines.base import EngineError, Guide, Sampling, UnsupportedError
 from service.engines.local.guides import Guides, Matcher
-from service.engines.local.sampler import HEAD, Pick, Row, blend, pick, prompt_scores
+from service.engines.local.sampler import AT_ONCE, HEAD, Pick, Row, blend, pick, prompt_scores
 
 GREEDY = Sampling(temperature=0)
 EOS = 2
@@ -263,8 +263,9 @@ class TestSeeds:
             one.accept(7)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_a_row_picks_the_same_whoever_else_is_in_the_batch(self, dtype: torch.dtype) -> None:
-        vocabulary, steps = 2 * HEAD + 77, 6
+    @pytest.mark.parametrize("vocabulary", [2 * HEAD + 77, AT_ONCE // 2])  # all rows are drawn for at once, or two
+    def test_a_row_picks_the_same_whoever_else_is_in_the_batch(self, vocabulary: int, dtype: torch.dtype) -> None:
+        steps = 6
         logits_SBV = noise(steps, len(MANY), vocabulary, scale=1.5).to(dtype)
         alone = [
             [pick([one], logits_SBV[s, b : b + 1])[0] for s in range(steps)]

@@ -189,7 +189,7 @@ class TestLangChain:
         assert OpenAI(max_tokens=16, **options).invoke("the owl", stop=[stop]) == whole[: whole.index(stop)]
 
     def test_a_failure_has_the_services_own_words(self, options: dict[str, Any]) -> None:
-        with pytest.raises(openai.NotFoundError, match="there are: auto, math, code, story"):
+        with pytest.raises(openai.NotFoundError, match="there are: auto, auto:best, auto:cheap, math, code, story"):
             ChatOpenAI(**options | {"model": "gpt-9"}).invoke("hi")
 
 
