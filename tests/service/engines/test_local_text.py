@@ -134,5 +134,5 @@ def test_a_text_far_over_the_window_is_refused_by_its_head() -> None:
 
     expert = replace(expert_with(byte_level_tokenizer()), tokenizer=Counting())
     with pytest.raises(PromptError, match=r"1000000 characters .* window of 64 tokens"):
-        encode(expert, "x" * 1_000_000)
+        encode(expert, "x" * 1_000_000, within=64)
     assert expert.tokenizer.characters < 1000
