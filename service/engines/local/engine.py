@@ -122,9 +122,12 @@ class LocalEngine:
         tokens = prompt.ids if isinstance(prompt, Tokens) else encode(first, prompt, within=first.window)
         if not tokens:
             raise PromptError("the prompt has no tokens")
-        fewest = min(expert.vocabulary for expert in loaded)  # tokenizers may have more tokens than weights do
-        if beyond := [id_ for id_ in (max(tokens), min(tokens)) if not 0 <= id_ < fewest]:
-            known = f"{', '.join(experts)}'s {fewest}"
+        if len(loaded) > 1 and sampling.prompt_logprobs is not None:
+            told = f"{', '.join(experts)} together score no prompts: leave echo or logprobs out, or ask for one of them"
+            raise UnsupportedError(told, "echo")
+        # Tokenizers may have more tokens than weights do.
+        if beyond := [id_ for id_ in (max(tokens), min(tokens)) if not 0 <= id_ < first.vocabulary]:
+            known = f"{first.name}'s {first.vocabulary}"
             raise PromptError(f"token {beyond[0]} of the prompt is not one of {known}: leave it out")
         window = min(expert.window for expert in loaded)
         sampling = fit(first.name, len(tokens), window, sampling)
@@ -160,7 +163,7 @@ class LocalEngine:
 
     def check_mix(self, experts: Sequence[str]) -> None:
         loaded = [self._expert(name) for name in experts]
-        if len({expert.alphabet.digest for expert in loaded}) > 1:
+        if len({(expert.alphabet.digest, expert.vocabulary) for expert in loaded}) > 1:
             raise UnsupportedError(f"{', '.join(experts)} have different vocabularies: they cannot be mixed", "k")
         if sum(expert.bytes for expert in loaded) > (self._options.memory_bytes or math.inf):
             raise UnsupportedError(f"{', '.join(experts)} do not fit into the memory budget together", "k")

@@ -1,8 +1,7 @@
-"""One expert's requests: who waits, who runs, and which of their tokens come next. Knows no threads."""
+"""One expert's requests: who runs, and which of their tokens come next. Knows no threads."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -27,7 +26,7 @@ class Part:
 
 @dataclass(eq=False)
 class Lane:
-    """An expert with its pages and its requests, the longest waiting first.
+    """An expert with its pages and the requests that it runs.
 
     model: None while its weights are not in memory. closing: it lets nobody in any more, for others wait for memory.
     """
@@ -36,10 +35,8 @@ class Lane:
     memory: Memory
     model: Model | None = None
     closing: bool = False
-    loads: int = 0
     evictions: int = 0
     shelf: Shelf = field(init=False)
-    waiting: deque[Request] = field(default_factory=deque)
     running: list[tuple[Request, Context]] = field(default_factory=list)
     queries: int = 0
     hits: int = 0
@@ -49,22 +46,34 @@ class Lane:
         self.shelf = self.memory.shelf(self.expert.shape.page)
 
     @property
-    def ready(self) -> bool:
-        """Whether it runs requests, or could let some in."""
-        return bool(self.running) or (bool(self.waiting) and self.model is not None and not self.closing)
+    def open(self) -> bool:
+        """Whether it lets requests in."""
+        return self.model is not None and not self.closing
 
     @property
     def busy(self) -> bool:
         """Whether any of its requests has tokens that it could compute."""
         return any(context.pending for _, context in self.running)
 
+    def enter(self, request: Request, context: Context) -> None:
+        """Run a request from now on."""
+        self.running.append((request, context))
+        if not request.preempted:
+            self.queries += len(context.tokens)
+        self._found(request, context, context.computed)
+
     def parts(self, budget: int) -> list[Part]:
-        """The next step: one token of each that writes its answer, and of prompts up to `budget`, the oldest first."""
+        """The next step: one token of each that writes its answer, and of prompts up to `budget`, the oldest first.
+
+        What others have computed of a prompt in the meantime is taken over.
+        """
         ready = [(request, context) for request, context in self.running if context.pending]
         singles = [_part(request, context, 1) for request, context in ready if context.pending == 1]
         longer = []
         for request, context in ready:
             if context.pending > 1 and budget > 0:
+                if not request.scoring:
+                    self._found(request, context, context.take_over())
                 longer.append(_part(request, context, min(context.pending, budget)))
                 budget -= longer[-1].count
         return sorted([*singles, *longer], key=lambda part: part.count > 1)
@@ -85,10 +94,14 @@ class Lane:
         """Run a request no more."""
         self.running = [each for each in self.running if each[0] is not request]
 
+    def _found(self, request: Request, context: Context, tokens: int) -> None:
+        if request.preempted:  # it may have computed them itself
+            return
+        self.hits += tokens
+        if context is request.contexts[0]:
+            request.cached += tokens
+
 
 def _part(request: Request, context: Context, count: int) -> Part:
-    scored = request.job.sampling.prompt_logprobs is not None and not request.count
-    last = count == context.pending
-    return Part(
-        request, context, context.computed, count, count if scored and context is request.contexts[0] else int(last)
-    )
+    rows = count if request.scoring else int(count == context.pending)
+    return Part(request, context, context.computed, count, rows)

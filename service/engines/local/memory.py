@@ -43,14 +43,14 @@ class Memory:
         self._shelves.append(shelf)
         return shelf
 
-    def remove(self, shelf: Shelf) -> None:
-        """Take back all chunks of a shelf that nobody uses any more."""
-        self._shelves.remove(shelf)
-        self._free += shelf.surrender()
-
     def free(self) -> int | None:
         """A chunk that nobody has."""
         return self._free.pop() if self._free else None
+
+    def clear(self) -> None:
+        """Forget all that nobody uses."""
+        while (chunk := self.reclaim()) is not None:
+            self._free.append(chunk)
 
     def reclaim(self) -> int | None:
         """The chunk that has been without a page in use for the longest time, whoever had it."""
@@ -94,10 +94,13 @@ class Shelf:
         """How many chunks so many tokens of one sequence need at least."""
         return -(-tokens // (self.per_chunk * PAGE))
 
-    def begin(self, tokens: Sequence[int]) -> list[Page]:
-        """The pages that hold the longest known beginning of these tokens, but never all of them; taken."""
+    def begin(self, tokens: Sequence[int], after: Page | None = None) -> list[Page]:
+        """The pages that hold the longest known beginning of these tokens, but never all of them; taken.
+
+        after: the page of what comes before them.
+        """
         found: list[Page] = []
-        parent = 0
+        parent = after.serial if after else 0
         for start in range(0, len(tokens) - PAGE, PAGE):
             page = self._known.get((parent, tuple(tokens[start : start + PAGE])))
             if page is None:
@@ -117,12 +120,16 @@ class Shelf:
         self._hold(page)
         return page
 
-    def learn(self, page: Page, parent: Page | None, tokens: Sequence[int]) -> None:
-        """Know a page by its tokens from now on; the first page of the same tokens is the one that is found."""
+    def learn(self, page: Page, parent: Page | None, tokens: Sequence[int]) -> Page:
+        """Know a page by its tokens from now on. Of two with the same tokens the first stays, taken for the other."""
         key = (parent.serial if parent else 0, tuple(tokens))
-        if key not in self._known:
+        known = self._known.setdefault(key, page)
+        if known is page:
             page.key = key
-            self._known[key] = page
+        else:  # the pages after it are found by the one that is known
+            self._hold(known)
+            self.release([page])
+        return known
 
     def release(self, pages: Sequence[Page]) -> None:
         """Give pages back; the last of a text become old before the first."""
@@ -150,16 +157,6 @@ class Shelf:
                 del self._idle[page]
                 self._forget(page)
             self._free.remove(page)
-
-    def surrender(self) -> list[int]:
-        """All chunks, given up."""
-        chunks = list(self._chunks)
-        self._chunks.clear()
-        self._free.clear()
-        self._known.clear()
-        self._idle.clear()
-        self.in_use = 0
-        return chunks
 
     def _make_room(self) -> bool:
         if (number := self.memory.free()) is not None:

@@ -56,10 +56,20 @@ class Context:
         """Tokens that the model has not seen."""
         return len(self.tokens) - self.computed
 
-    def begin(self, *, anew: bool) -> None:
-        """Take over the pages that are known; none of them where all tokens are to be computed `anew`."""
-        self.pages = [] if anew else self.shelf.begin(self.tokens)
-        self.computed = len(self.pages) * PAGE
+    def take_over(self, most: int | None = None) -> int:
+        """Use the pages that are known of what comes next; of how many tokens they are.
+
+        most: none beyond so many tokens of the text.
+        """
+        if self.computed % PAGE:
+            return 0
+        place = self.computed // PAGE
+        end = None if most is None else most + 1  # a shelf never gives all
+        found = self.shelf.begin(self.tokens[self.computed : end], self.pages[place - 1] if place else None)
+        self.shelf.release(self.pages[place : place + len(found)])
+        self.pages[place : place + len(found)] = found
+        self.computed += len(found) * PAGE
+        return len(found) * PAGE
 
     def make_room(self, count: int) -> bool:
         """Pages for `count` tokens more; False where there is no room for all of them."""
@@ -82,7 +92,8 @@ class Context:
         if learn:
             for place in range(first, self.computed // PAGE):
                 parent = self.pages[place - 1] if place else None
-                self.shelf.learn(self.pages[place], parent, self.tokens[place * PAGE : (place + 1) * PAGE])
+                tokens = self.tokens[place * PAGE : (place + 1) * PAGE]
+                self.pages[place] = self.shelf.learn(self.pages[place], parent, tokens)
 
     def leave(self) -> None:
         """Give all pages back."""
@@ -94,7 +105,9 @@ class Context:
 class Request:
     """A job and its reader's inbox: tokens up to one with a finish, or a failure.
 
-    came: when it was submitted, by time.monotonic; queued: seconds from then until it was let in for the first time.
+    told: how many of the prompt's tokens have had their scores told. cached: how many were known already. came: when it
+    was submitted, by time.monotonic; queued: seconds from then until it was let in for the first time. preempted:
+    whether it had to give way since.
     """
 
     job: Job
@@ -102,11 +115,12 @@ class Request:
     inbox: asyncio.Queue[News] = field(default_factory=asyncio.Queue)
     contexts: list[Context] = field(default_factory=list)
     count: int = 0
+    told: int = 0
     cached: int = 0
     came: float = 0.0
     queued: float = 0.0
     arrival: int = 0
-    preempted: int = 0
+    preempted: bool = False
     cancelled: bool = False
     over: bool = False
 
@@ -114,6 +128,11 @@ class Request:
     def most(self) -> int:
         """Tokens that the answer may have."""
         return self.job.sampling.max_tokens or 0
+
+    @property
+    def scoring(self) -> bool:
+        """Whether the scores of its prompt are wanted, and not all told."""
+        return self.job.sampling.prompt_logprobs is not None and not self.count
 
     def take(self, pick: Pick) -> Token:
         """The next token of the answer; all contexts go on from it."""

@@ -2,7 +2,8 @@
 
 An expert that is asked for and not there is loaded on another thread, while the others go on. If nothing that is idle
 can make way, the longest unused one lets nobody in any more once it was waited for long enough: so a stream of requests
-for one expert cannot keep another out, nor do two take turns at every request.
+for one expert cannot keep another out, nor do two take turns at every request. Who waits the longest comes first, and
+what was fetched for a request stays until it is let in: so one that needs several experts gets them together.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +24,11 @@ from service.engines.local.request import Request
 log = logging.getLogger(__name__)
 
 LOADERS = 2
+RETRY = 30.0
+"""Seconds after a load that failed until the next: memory or files may have been short for a moment only."""
 Tell = Callable[[str, Status], None]
+Wait = tuple[Request, Sequence[Lane]]
+"""Who waits, and for which experts."""
 
 
 def failed_to_load(folder: Path, exc: Exception) -> Status:
@@ -35,16 +40,20 @@ class Residence:
     """Loads and drops the models of lanes. All but `wake` and `tell` is called on the device thread.
 
     limit: bytes of all weights, None is any. patience: seconds after which who waits for memory is let in. wake: called
-    on a loader's thread when a model has come. tell: called with every change of an expert's state.
+    on a loader's thread when a model has come. tell: called with every change of an expert's state. retry: RETRY.
     """
 
-    def __init__(self, limit: int | None, patience: float, wake: Callable[[], None], tell: Tell) -> None:
-        self._limit, self._patience, self._wake, self._tell = limit, patience, wake, tell
+    def __init__(
+        self, limit: int | None, patience: float, wake: Callable[[], None], tell: Tell, retry: float = RETRY
+    ) -> None:
+        self._limit, self._patience, self._wake, self._tell, self._retry = limit, patience, wake, tell, retry
         self._pool = ThreadPoolExecutor(LOADERS, "loader")
-        self._coming: dict[str, Lane] = {}
-        self._come: deque[tuple[Lane, Model | Exception]] = deque()
+        self._coming: set[Lane] = set()
+        self._come: deque[tuple[Lane, Model | Exception, bool]] = deque()
+        self._failed: dict[Lane, tuple[float, Exception]] = {}
         self._resident: list[Lane] = []
-        self._since: dict[str, float] = {}
+        self._since: dict[Lane, float] = {}
+        self._fetched_for: set[Request] = set()
 
     def begin(self, lane: Lane) -> None:
         """Load a new lane's model, if there is room for it now."""
@@ -53,57 +62,83 @@ class Residence:
             reason = f"its weights are {need:.2f} GB, the memory budget is {room:.2f} GB: give --memory-budget more"
             self._tell(lane.expert.name, Status("failed", reason))
         elif self._room(lane.expert.bytes):
-            self._start(lane)
+            self._start(lane, asked=False)
         else:
             self._tell(lane.expert.name, Status("ready", "not in memory"))
 
-    def settle(self, lanes: Iterable[Lane]) -> list[tuple[Lane, Exception]]:
-        """Take in the models that have come; those of all lanes whose models could not be loaded."""
-        failed = []
-        if not any(lane.waiting and lane.model is None for lane in lanes):
-            for lane in self._resident:  # whoever it closed for has left
-                lane.closing = False
-        while self._come:
-            lane, found = self._come.popleft()
-            del self._coming[lane.expert.name]
-            if isinstance(found, Exception):
-                log.error("%s failed to load", lane.expert.name, exc_info=found)
-                failed.append((lane, found))
-                self._tell(lane.expert.name, failed_to_load(lane.expert.folder, found))
-            else:
-                lane.model = found
-                self._resident.append(lane)
-                self._tell(lane.expert.name, Status("ready"))
-        return failed
+    def settle(self, waiting: Sequence[Wait]) -> list[tuple[Request, str, Exception]]:
+        """Take in what has come, and fetch what is missing for who waits; the longest waiting is the first of them.
 
-    def summon(self, lanes: Sequence[Lane], request: Request) -> bool:
-        """Whether all lanes of a request that wants to run are there; if not, see to it that they will be."""
-        missing = [lane for lane in lanes if lane.model is None]
-        for lane in missing:
-            if lane.expert.name not in self._coming:
-                since = self._since.setdefault(lane.expert.name, time.monotonic())
-                if self._make_room(lane, lanes, patient=time.monotonic() - since < self._patience):
-                    self._start(lane)
+        Returns those who wait for an expert that did not load, with its name and the reason.
+        """
+        self._take_in()
+        lost = {request: lane for request, lanes in waiting for lane in lanes if lane in self._failed}
+        self._fetch([(request, lanes) for request, lanes in waiting if request not in lost])
+        return [(request, lane.expert.name, self._failed[lane][1]) for request, lane in lost.items()]
+
+    def use(self, lanes: Sequence[Lane]) -> None:
+        """Note that they are used now: the longest unused is first in the list."""
         for lane in lanes:
-            if lane.model is not None:
-                self._use(lane)
-        return not missing
+            self._resident.remove(lane)
+            self._resident.append(lane)
+
+    def due(self) -> float | None:
+        """Seconds until an expert that did not load may be tried again, if there is one."""
+        return max(min(until for until, _ in self._failed.values()) - time.monotonic(), 0) if self._failed else None
 
     def close(self) -> None:
         """Load nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self, lane: Lane) -> None:
-        self._since.pop(lane.expert.name, None)
-        self._coming[lane.expert.name] = lane
-        self._pool.submit(self._load, lane, first=lane.model is None and not lane.loads)
-        lane.loads += 1
+    def _take_in(self) -> None:
+        for lane, (until, exc) in list(self._failed.items()):
+            if time.monotonic() >= until:
+                del self._failed[lane]
+                self._tell(lane.expert.name, Status("ready", f"not in memory; when it was last loaded: {exc}"))
+        while self._come:
+            lane, found, asked = self._come.popleft()
+            self._coming.remove(lane)
+            if not isinstance(found, Exception):
+                lane.model = found
+                self._resident.append(lane)
+                self._tell(lane.expert.name, Status("ready"))
+                continue
+            log.error("%s failed to load", lane.expert.name, exc_info=found)
+            self._tell(lane.expert.name, failed_to_load(lane.expert.folder, found))
+            if asked:  # what does not load at the start is broken, and stays so
+                self._failed[lane] = time.monotonic() + self._retry, found
 
-    def _load(self, lane: Lane, *, first: bool) -> None:
+    def _fetch(self, waiting: Sequence[Wait]) -> None:
+        now = time.monotonic()
+        wanted = {lane for _, lanes in waiting for lane in lanes}
+        self._since = {lane: since for lane, since in self._since.items() if lane in wanted}
+        self._fetched_for &= {request for request, _ in waiting}
+        for lane in self._resident:  # unless somebody still needs it to close
+            lane.closing = False
+        keep: set[Lane] = set()
+        for request, lanes in waiting:
+            if request in self._fetched_for or any(lane.model is None for lane in lanes):
+                keep.update(lanes)
+            for lane in lanes:
+                if lane.model is not None or lane in self._coming:
+                    continue
+                patient = now - self._since.setdefault(lane, now) < self._patience
+                if self._make_room(lane, keep, wanted, patient=patient):
+                    self._start(lane, asked=True)
+                    self._fetched_for.add(request)
+                elif not patient:
+                    return  # what gets free from now on is for it
+
+    def _start(self, lane: Lane, *, asked: bool) -> None:
+        self._since.pop(lane, None)
+        self._coming.add(lane)
+        self._pool.submit(self._load, lane, asked=asked)
+
+    def _load(self, lane: Lane, *, asked: bool) -> None:
         name = lane.expert.name
 
         def progress(share: float) -> None:
-            if first:  # later, requests wait for it as for anything else
+            if not asked:  # else requests wait for it as for anything else
                 self._tell(name, Status("loading", f"{round(100 * share)} % of the weights"))
 
         try:
@@ -111,28 +146,24 @@ class Residence:
         except Exception as exc:  # transformers raises whatever it meets in the folder
             found = exc
         room.give_back()
-        self._come.append((lane, found))
+        self._come.append((lane, found, asked))
         self._wake()
 
-    def _make_room(self, lane: Lane, keep: Collection[Lane], *, patient: bool) -> bool:
+    def _make_room(self, lane: Lane, keep: Collection[Lane], wanted: Collection[Lane], *, patient: bool) -> bool:
+        """Whether there is room for a lane's model. Who is no longer patient also drops, and closes, what is wanted."""
         while not self._room(lane.expert.bytes):
             others = [each for each in self._resident if each not in keep]
-            idle = [each for each in others if not each.running and (each.closing or not each.waiting)]
+            idle = [each for each in others if not each.running and not (patient and each in wanted)]
             if not idle:
-                if not patient and others and not any(each.closing for each in others):
+                if not patient and others:
                     others[0].closing = True
                 return False
-            self._drop(idle[0])
+            self._drop(min(idle, key=lambda each: each in wanted))
         return True
 
     def _room(self, need: int) -> bool:
-        taken = sum(lane.expert.bytes for lane in (*self._resident, *self._coming.values()))
+        taken = sum(lane.expert.bytes for lane in (*self._resident, *self._coming))
         return self._limit is None or taken + need <= self._limit
-
-    def _use(self, lane: Lane) -> None:
-        """The longest unused is first in the list."""
-        self._resident.remove(lane)
-        self._resident.append(lane)
 
     def _drop(self, lane: Lane) -> None:
         self._resident.remove(lane)

@@ -75,6 +75,7 @@ class Row:
         self._early_bias = _pairs(bias | {token: -np.inf for token in self.stops if 0 <= token < vocabulary})
         seed = sampling.seed
         self._numbers = np.random.Generator(np.random.Philox() if seed is None else np.random.Philox(key=seed % 2**128))
+        self._number: float | None = None
 
     @property
     def bias(self) -> Pairs:
@@ -89,8 +90,10 @@ class Row:
         return self.matcher is None and self.seen is None and not len(self.bias[0])
 
     def number(self) -> float:
-        """The next random number, from 0 up to 1; every pick takes one, so the seed and its place alone decide it."""
-        return self._numbers.random()
+        """The next pick's random number, from 0 up to 1; the seed and its place alone decide it."""
+        if self._number is None:
+            self._number = self._numbers.random()
+        return self._number
 
     def accept(self, token: int) -> None:
         """Go on with a token. Raises EngineError for one that the guide rules out."""
@@ -99,6 +102,7 @@ class Row:
         if self.seen is not None:
             self.seen.add(token)
         self.picked += 1
+        self._number = None
 
 
 class _Seen:
@@ -120,7 +124,8 @@ class _Seen:
 def pick(rows: Sequence[Row], logits_BV: Tensor) -> list[Pick | Failure]:
     """The next token of every row, which the row then goes on with, or why there is none to pick.
 
-    An UnsupportedError where the request itself leaves none, an EngineError where the model or the guide does.
+    An UnsupportedError where the request itself leaves none, an EngineError where the model or the guide does. Whatever
+    it raises, no row has gone on: each can be picked for by itself, with the same token.
     """
     raw_BV = logits_BV.float()
     errors: dict[int, Failure]
@@ -131,13 +136,13 @@ def pick(rows: Sequence[Row], logits_BV: Tensor) -> list[Pick | Failure]:
     _fill(ids_B, [b for b in drawn if not rows[b].cuts], _draw, rows, scores_BV)
     _fill(ids_B, [b for b in drawn if rows[b].cuts], _draw_cut, rows, scores_BV)
     ids = ids_B.tolist()
+    told = _told(rows, [b for b in range(len(rows)) if b not in errors], raw_BV, ids)
     for b, row in enumerate(rows):
         if b not in errors:
             try:
                 row.accept(ids[b])
-            except EngineError as exc:
-                errors[b] = exc
-    told = _told(rows, [b for b in range(len(rows)) if b not in errors], raw_BV, ids)
+            except Exception as exc:  # whatever it is, the other rows go on
+                errors[b] = EngineError(str(exc))
     return [errors[b] if b in errors else told.get(b) or Pick(ids[b]) for b in range(len(rows))]
 
 

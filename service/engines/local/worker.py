@@ -38,9 +38,8 @@ class Worker:
 
     `deliver` is called on that thread with what a step brought, `tell` with the states of experts. Every request that
     is not cancelled gets a finish or an error, whatever happens. `failure` says why nothing runs any more. most:
-    requests of an expert at a time; chunk: tokens of prompts in a round of all experts, half
-    of it while somebody writes. memory_bytes, patience:
-    residence.py.
+    requests of an expert at a time; chunk: tokens of prompts in a round of all experts, half of it while somebody
+    writes. memory_bytes, patience: residence.py.
     """
 
     def __init__(
@@ -60,11 +59,10 @@ class Worker:
         self._most, self._chunk, self._threads = most, chunk, threads
         self._lanes: dict[str, Lane] = {}
         self._arrived: deque[Request] = deque()
-        self._loads: dict[str, Load] = {}
+        self._waiting: list[Request] = []  # by arrival
         self._arrivals = count()
         self._change = threading.Condition()  # guards `failure`, the lanes' dict, and what has arrived
         self._added: deque[Lane] = deque()
-        self._woken = False
         self._turn = 0
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
@@ -92,7 +90,6 @@ class Worker:
                 raise EngineError(self.failure)
             request.arrival, request.came = next(self._arrivals), time.monotonic()
             self._arrived.append(request)
-            self._woken = True
             self._change.notify()
 
     def cancel(self, request: Request) -> None:
@@ -101,8 +98,9 @@ class Worker:
         self._wake()
 
     def loads(self) -> dict[str, Load]:
-        """Every expert's load, as of the last step."""
-        return dict(self._loads)
+        """Every expert's load, but who runs and who waits."""
+        with self._change:
+            return {name: _load(lane) for name, lane in self._lanes.items()}
 
     def stop(self) -> None:
         """End all requests, after this step."""
@@ -117,7 +115,6 @@ class Worker:
 
     def _wake(self) -> None:
         with self._change:
-            self._woken = True
             self._change.notify()
 
     def _run(self) -> None:
@@ -133,10 +130,9 @@ class Worker:
         finally:
             self._residence.close()
             with self._change:
-                left = {id(request): request for lane in self._lanes.values() for request in _of(lane)}
-                left |= {id(request): request for request in self._arrived}
+                left = dict.fromkeys([*self._running(), *self._waiting, *self._arrived])
                 self._lanes.clear()
-            self._deliver([(request, EngineError(self.failure)) for request in left.values()])
+            self._deliver([(request, EngineError(self.failure)) for request in left])
 
     def _wait(self) -> bool:
         """Take in who has arrived; waits until there is something to do. False: stop."""
@@ -145,61 +141,59 @@ class Worker:
                 while self._added:
                     self._residence.begin(self._added.popleft())
                 while self._arrived:
-                    request = self._arrived.popleft()
-                    self._lanes[request.job.expert].waiting.append(request)
-                for lane, failure in self._residence.settle(self._lanes.values()):
-                    self._fail(list(lane.waiting), failure)
-                    lane.waiting.clear()
-                self._loads = {name: _load(lane) for name, lane in self._lanes.items()}
-                if any(lane.ready for lane in self._lanes.values()) or self._woken:
-                    self._woken = False
+                    self._waiting.append(self._arrived.popleft())
+                self._sweep()
+                self._settle()
+                if self._running() or any(_open(self._lanes_of(request)) for request in self._waiting):
                     return True
                 # Who waits for memory that others use is looked after now and then.
-                stuck = any(lane.waiting for lane in self._lanes.values())
-                self._change.wait(POLL if stuck else None)
-                if stuck:
-                    return True
+                self._change.wait(POLL if self._waiting else self._residence.due())
             return False
+
+    def _sweep(self) -> None:
+        """Drop those whose reader has left."""
+        for request in [each for each in (*self._running(), *self._waiting) if each.cancelled]:
+            self._end(request)
+
+    def _settle(self) -> None:
+        """See to it that the experts come that are waited for; who waits for one that does not load fails."""
+        waiting = [(request, self._lanes_of(request)) for request in self._waiting]
+        for request, expert, failure in self._residence.settle(waiting):
+            self._fail(expert, request, failure)
 
     def _round(self, lanes: Sequence[Lane]) -> None:
         """One step of every expert that has something to do; each is the first in its turn."""
         self._turn += 1
         first = self._turn % len(lanes) if lanes else 0
+        self._admit()
         writing = any(request.count for request in self._running())
         budget = max(self._chunk // 2, 1) if writing else self._chunk
         for lane in [*lanes[first:], *lanes[:first]]:
-            self._sweep(lane)
-            self._admit(lane)
             if lane.busy:
                 budget -= self._step(lane, max(budget, 1))
-        self._loads = {lane.expert.name: _load(lane) for lane in lanes}
 
-    def _sweep(self, lane: Lane) -> None:
-        """Drop those whose reader has left."""
-        for request in [each for each in _of(lane) if each.cancelled]:
-            self._end(request)
-        lane.waiting = deque(each for each in lane.waiting if not each.cancelled)
-
-    def _admit(self, lane: Lane) -> None:
-        """Let in who waits, one after the other, as long as there is room for its prompt."""
-        while lane.waiting:
-            request = lane.waiting[0]
+    def _admit(self) -> None:
+        """Let in who waits and has all its experts, as they arrived; one without room holds up those behind it."""
+        full: set[Lane] = set()
+        for request in list(self._waiting):
+            lanes = self._lanes_of(request)
+            if lanes[0] in full or not _open(lanes):
+                continue
             try:
-                lanes = [self._lanes[name] for name in request.job.experts]
-                if any(each.closing for each in lanes) or not self._residence.summon(lanes, request):
-                    return
+                if self._enter(request, lanes):
+                    continue
+                if self._running():
+                    full.add(lanes[0])
+                    continue
+                lanes[0].memory.clear()  # what is known may lie scattered over more chunks than it needs
                 if not self._enter(request, lanes):
-                    if self._running():
-                        return
                     raise EngineError("its prompt does not fit into the key-value memory")
             except Exception as exc:
-                self._fail([request], exc)
-            lane.waiting.popleft()
+                self._fail(request.job.expert, request, exc)
 
     def _enter(self, request: Request, lanes: Sequence[Lane]) -> bool:
         if any(len(lane.running) >= self._most for lane in lanes):
             return False
-        anew = request.job.sampling.prompt_logprobs is not None and not request.count
         if not request.contexts:
             tokens = request.job.tokens
             request.contexts = [
@@ -208,17 +202,18 @@ class Worker:
                 if lane.model is not None
             ]
         for context in request.contexts:
-            context.begin(anew=anew)
+            # What is scored is computed anew.
+            context.take_over(request.told if request.scoring else None)
         if not all(context.make_room(context.pending) for context in request.contexts):
             for context in request.contexts:
                 context.leave()
             return False
+        self._waiting.remove(request)
         for lane, context in zip(lanes, request.contexts, strict=True):
-            lane.running.append((request, context))
-            lane.queries += len(context.tokens)
-            lane.hits += context.computed
-        if not request.count:
-            request.cached, request.queued = request.contexts[0].computed, time.monotonic() - request.came
+            lane.enter(request, context)
+        self._residence.use(lanes)
+        if not request.preempted:
+            request.queued = time.monotonic() - request.came
         return True
 
     def _step(self, lane: Lane, budget: int) -> int:
@@ -230,7 +225,7 @@ class Worker:
             self._run_parts(lane, parts)
         except Exception as exc:
             if len(parts) == 1:
-                self._fail([parts[0].request], exc)
+                self._fail(lane.expert.name, parts[0].request, exc)
             else:  # one of them may be to blame
                 for part in parts:
                     self._step_alone(lane, part, exc)
@@ -242,7 +237,7 @@ class Worker:
                 raise failure
             self._run_parts(lane, [part])
         except Exception as exc:
-            self._fail([part.request], exc)
+            self._fail(lane.expert.name, part.request, exc)
 
     def _run_parts(self, lane: Lane, parts: Sequence[Part]) -> None:
         """Raises what the model raises; the contexts are as before then."""
@@ -251,8 +246,8 @@ class Worker:
         for part, logits_RV in lane.run(parts):
             try:
                 ready += self._result(part, logits_RV, news)
-            except EngineError as exc:
-                self._fail([part.request], exc)
+            except Exception as exc:  # the others' results are as good as ever
+                self._fail(lane.expert.name, part.request, exc)
         self._pick(ready, news)
         self._deliver(news)
 
@@ -267,11 +262,13 @@ class Worker:
         """What is ready to be picked from after a part; scores of the prompt go into the news."""
         request, context = part.request, part.context
         top = request.job.sampling.prompt_logprobs
-        if top is not None and not request.count and part.rows:
-            told = logits_RV if context.pending else logits_RV[:-1]
-            following = context.tokens[context.computed - part.count + 1 : context.computed + 1][: len(told)]
+        if top is not None and request.scoring:
+            first = max(request.told - part.start, 0)  # those before were told before it gave way
+            following = context.tokens[part.start + first + 1 : context.computed + 1]
             if following:
-                news.append((request, Prompted(prompt_scores(told, following, top))))
+                scores = prompt_scores(logits_RV[first : first + len(following)], following, top)
+                news.append((request, Prompted(scores)))
+                request.told += len(following)
         if context.pending or not part.rows:
             return []
         if not request.most:
@@ -290,7 +287,15 @@ class Worker:
     def _pick(self, ready: Sequence[tuple[Request, Tensor]], news: list[Delivery]) -> None:
         if not ready:
             return
-        picks = pick([request.row for request, _ in ready], torch.stack([logits_V for _, logits_V in ready]))
+        try:
+            picks = pick([request.row for request, _ in ready], torch.stack([logits_V for _, logits_V in ready]))
+        except Exception as exc:
+            if len(ready) == 1:
+                self._fail(ready[0][0].job.expert, ready[0][0], exc)
+            else:  # one of them is to blame, and none has gone on
+                for each in ready:
+                    self._pick([each], news)
+            return
         for (request, _), found in zip(ready, picks, strict=True):
             if isinstance(found, Pick):
                 news.append((request, request.take(found)))
@@ -302,35 +307,46 @@ class Worker:
                 self._end(request)
 
     def _preempt(self, request: Request) -> None:
-        """Take a request's pages away; it waits again, before all others."""
-        lane = self._lanes[request.job.expert]
-        lane.preemptions += 1
+        """Take a request's pages away; it waits again, before all that came later."""
+        self._lanes[request.job.expert].preemptions += 1
+        request.preempted = True
         self._end(request)
-        lane.waiting.appendleft(request)
+        self._waiting.append(request)
+        self._waiting.sort(key=lambda each: each.arrival)
 
     def _end(self, request: Request) -> None:
-        for name in request.job.experts:
-            self._lanes[name].forget(request)
+        if request in self._waiting:
+            self._waiting.remove(request)
+        for lane in self._lanes_of(request):
+            lane.forget(request)
         for context in request.contexts:
             context.leave()
 
-    def _fail(self, requests: Sequence[Request], exc: Exception) -> None:
-        log.error("a step failed", exc_info=exc)
-        for request in requests:
-            request.over = True
-            self._end(request)
-        self._deliver([(request, EngineError(f"{request.job.expert} failed: {exc}")) for request in requests])
+    def _fail(self, expert: str, request: Request, exc: Exception) -> None:
+        log.error("%s failed a request", expert, exc_info=exc)
+        request.over = True
+        self._end(request)
+        self._deliver([(request, EngineError(f"{expert} failed: {exc}"))])
+
+    def _lanes_of(self, request: Request) -> list[Lane]:
+        return [self._lanes[name] for name in request.job.experts]
 
     def _running(self) -> list[Request]:
         return [request for lane in self._lanes.values() for request, _ in lane.running]
 
 
-def _of(lane: Lane) -> list[Request]:
-    return [*(request for request, _ in lane.running), *lane.waiting]
+def _open(lanes: Iterable[Lane]) -> bool:
+    return all(lane.open for lane in lanes)
 
 
 def _load(lane: Lane) -> Load:
     memory = lane.memory
     held = lane.shelf.in_use * lane.shelf.page / (memory.chunks * memory.chunk)
-    counts = (lane.queries, lane.hits, lane.preemptions, lane.evictions)
-    return Load(len(lane.running), len(lane.waiting), held, *counts, resident=lane.model is not None)
+    return Load(
+        kv=held,
+        queries=lane.queries,
+        hits=lane.hits,
+        preemptions=lane.preemptions,
+        evictions=lane.evictions,
+        resident=lane.model is not None,
+    )

@@ -191,9 +191,8 @@ def test_a_token_that_the_weights_do_not_have_is_refused_in_any_prompt(tmp_path:
     async def ask() -> None:
         async with serving(folders) as engine:
             for prompt in ("the <more>", (Message("user", "<more>"),), Tokens((5, more)), Tokens((-1, 5))):
-                for experts in ({"llama": 1.0}, {"wide": 0.5, "llama": 0.5}):
-                    with pytest.raises(PromptError, match=f"is not one of .*llama's {more}: leave it out"):
-                        engine.prepare(experts, prompt, greedy(5))
+                with pytest.raises(PromptError, match=f"is not one of llama's {more}: leave it out"):
+                    engine.prepare({"llama": 1.0}, prompt, greedy(5))
             assert await answer(engine, "the <more>", greedy(5), "wide")
             assert await answer(engine, "the owl", greedy(5))
 

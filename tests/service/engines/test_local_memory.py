@@ -26,9 +26,14 @@ def written(shelf: Shelf, tokens: list[int]) -> list[Page]:
         page = shelf.take()
         assert page is not None
         pages.append(page)
-    for place in range(len(tokens) // PAGE):
-        shelf.learn(pages[place], pages[place - 1] if place else None, tokens[place * PAGE : (place + 1) * PAGE])
+    learn(shelf, pages, range(len(tokens) // PAGE), tokens)
     return pages
+
+
+def learn(shelf: Shelf, pages: list[Page], places: range, tokens: list[int]) -> None:
+    for place in places:
+        parent = pages[place - 1] if place else None
+        pages[place] = shelf.learn(pages[place], parent, tokens[place * PAGE : (place + 1) * PAGE])
 
 
 def test_pages_lie_apart_and_inside_of_the_memory() -> None:
@@ -87,6 +92,27 @@ def test_the_end_of_a_text_is_forgotten_before_its_beginning() -> None:
     assert len(shelf.begin([*tokens, 0])) == 3
 
 
+def test_of_two_pages_with_the_same_tokens_the_first_serves_both_and_what_comes_after_is_found() -> None:
+    shelf = memory(chunks=8).shelf(SIZE)
+    tokens = text(0, 5 * PAGE)
+    first = written(shelf, tokens[: 2 * PAGE])
+    second = [page for page in (shelf.take() for _ in range(5)) if page]
+    learn(shelf, second, range(5), tokens)
+    assert second[:2] == first
+    assert shelf.in_use == 5
+    shelf.release(first)
+    assert shelf.in_use == 5
+    assert shelf.begin([*tokens, 0]) == second
+
+
+def test_pages_are_found_from_any_place_on() -> None:
+    shelf = memory(chunks=8).shelf(SIZE)
+    tokens = text(0, 3 * PAGE)
+    own = written(shelf, tokens)
+    assert shelf.begin(tokens[PAGE:], own[0]) == own[1:2]
+    assert shelf.begin(tokens[PAGE:]) == []
+
+
 def test_a_page_in_use_is_never_lent_again() -> None:
     """Against a plain count, over many random texts of two experts."""
     rng = random.Random(0)
@@ -108,8 +134,7 @@ def test_a_page_in_use_is_never_lent_again() -> None:
         while len(pages) * PAGE < len(tokens) and (page := shelf.take()):
             assert not users.get(id(page))
             pages.append(page)
-        for place in range(known, min(len(pages), len(tokens) // PAGE)):
-            shelf.learn(pages[place], pages[place - 1] if place else None, tokens[place * PAGE : (place + 1) * PAGE])
+        learn(shelf, pages, range(known, min(len(pages), len(tokens) // PAGE)), tokens)
         for page in pages:
             users[id(page)] = users.get(id(page), 0) + 1
         held.append((shelf, pages))

@@ -258,7 +258,9 @@ class TestSeeds:
     def test_every_pick_takes_the_next_number_whatever_is_asked_of_it(self) -> None:
         numbers = np.random.Generator(np.random.Philox(key=5)).random(3)
         one = row(Sampling(seed=5))
-        assert [one.number() for _ in range(3)] == numbers.tolist()
+        for number in numbers:
+            assert one.number() == one.number() == number
+            one.accept(7)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("vocabulary", [2 * HEAD + 77, AT_ONCE // 2])  # all rows are drawn for at once, or two
@@ -292,6 +294,15 @@ class TestFailures:
     @pytest.mark.parametrize("sampling", MANY, ids=told)
     def test_logits_that_are_nowhere_finite_are_a_failure(self, sampling: Sampling) -> None:
         assert "not finite" in str(pick([row(sampling)], torch.full((1, 100), -INF))[0])
+
+    def test_rows_of_a_batch_that_broke_pick_by_themselves_what_they_would_have(self) -> None:
+        logits = noise(3, 100)
+        samplings = [Sampling(seed=1), Sampling(top_k=9, seed=2), Sampling(top_k=9, min_p=2.0, seed=3)]
+        broken, alone = [[row(sampling) for sampling in samplings] for _ in range(2)]
+        with pytest.raises(RuntimeError):
+            pick(broken, logits)
+        for b in (0, 1):
+            assert pick([broken[b]], logits[b : b + 1]) == pick([alone[b]], logits[b : b + 1])
 
     def test_a_row_with_nothing_left_to_pick_says_so(self) -> None:
         logits = torch.full((1, 10), -INF)

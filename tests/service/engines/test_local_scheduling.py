@@ -24,7 +24,18 @@ from tiny import (
     until,
 )
 
-from service.engines.base import BusyError, EngineError, Guide, Piece, PromptError, Sampling, Tokens, UnsupportedError
+from service.engines.base import (
+    BusyError,
+    EngineError,
+    Guide,
+    Job,
+    Load,
+    Piece,
+    PromptError,
+    Sampling,
+    Tokens,
+    UnsupportedError,
+)
 from service.engines.local import LocalEngine
 from service.engines.local.expert import Expert
 
@@ -33,6 +44,18 @@ PROMPTS = ["the owl", "def largest(numbers): return", "a", "日本語 👍", "th
 PAGE_BYTES = 2 * 2 * 2 * 16 * 16 * 4
 """Two layers, keys and values, two heads, sixteen tokens, sixteen wide, fp32."""
 CHUNK_BYTES = 8 * PAGE_BYTES
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An expert whose logits are wider than its tokenizer, as padded ones are."""
+    from transformers import AutoModelForCausalLM
+
+    folder = save_llama(tmp_path_factory.mktemp("padded"), seed=1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.resize_token_embeddings(320)
+    model.save_pretrained(folder)
+    return folder
 
 
 def asked(engine: LocalEngine, prompt: Any, sampling: Sampling, **experts: float) -> Any:
@@ -114,6 +137,57 @@ def test_who_needs_memory_takes_it_from_who_came_last_and_all_answers_are_the_sa
     assert tight == roomy
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_who_gives_way_while_its_prompt_is_read_is_told_and_counted_once(llama: Path, scored: bool) -> None:
+    sampling = Sampling(1, temperature=0, prompt_logprobs=0 if scored else None)
+    first, last = (Tokens(tuple(3 + place * by % 290 for place in range(count))) for by, count in ((7, 100), (1, 380)))
+
+    async def ask(kv_bytes: int) -> tuple[list[Piece], Load]:
+        async with serving({"llama": llama}, kv_bytes=kv_bytes, chunk=8) as engine:
+            _, found = await asyncio.gather(whole(engine, first, greedy(100)), whole(engine, last, sampling))
+            return found, engine.load()["llama"]
+
+    roomy, none = asyncio.run(ask(100 * CHUNK_BYTES))
+    tight, some = asyncio.run(ask(4 * CHUNK_BYTES))
+    assert (none.preemptions, some.preemptions) == (0, 1)
+    scores = [[each for piece in pieces for each in piece.prompt] for pieces in (roomy, tight)]
+    assert [each.id for each in scores[1]] == [*last.ids] * scored
+    assert [each.logprob for each in scores[1][1:]] == pytest.approx([each.logprob for each in scores[0][1:]], abs=1e-4)
+    assert (some.queries, some.hits) == (none.queries, none.hits) == (480, 0)
+    assert tight[-1].usage is not None
+    assert tight[-1].usage.cached == 0
+
+
+def test_prompts_that_are_the_same_are_read_once_though_they_come_together(llama: Path) -> None:
+    prompt = Tokens(tuple(3 + place % 290 for place in range(350)))
+
+    async def ask() -> None:
+        async with serving({"llama": llama}, chunk=64) as engine:
+            together = await asyncio.gather(*(whole(engine, prompt, greedy(8)) for _ in range(3)))
+            cached = [pieces[-1].usage.cached for pieces in together if pieces[-1].usage]
+            assert sorted(each >= 320 for each in cached) == [False, True, True]
+            assert engine.load()["llama"].hits == sum(cached)
+            again = await whole(engine, prompt, greedy(8))
+            assert again[-1].usage is not None
+            assert again[-1].usage.cached == 336
+            assert {text(pieces) for pieces in (*together, again)} == {text(again)}
+
+    asyncio.run(ask())
+
+
+def test_what_lies_scattered_keeps_out_no_mixture_that_would_fit(llama: Path) -> None:
+    def prompt(length: int, by: int) -> Tokens:
+        return Tokens(tuple(3 + place * by % 290 for place in range(length)))
+
+    async def ask() -> None:
+        async with serving({"llama": llama, "twin": llama}, kv_bytes=2 * CHUNK_BYTES) as engine:
+            for each in (prompt(100, 1), prompt(60, 7)):  # the second one's pages are in both chunks
+                await whole(engine, each, greedy(1))
+            assert text(await whole(engine, prompt(60, 7), greedy(4), llama=0.5, twin=0.5))
+
+    asyncio.run(ask())
+
+
 def test_what_can_never_fit_is_refused_and_disturbs_nobody(llama: Path) -> None:
     async def ask() -> None:
         async with serving({"llama": llama}, kv_bytes=CHUNK_BYTES) as engine:
@@ -192,6 +266,58 @@ def test_experts_of_different_vocabularies_are_not_mixed(llama: Path, tmp_path: 
             with pytest.raises(UnsupportedError, match="llama, other have different vocabularies") as refused:
                 engine.prepare({"llama": 0.5, "other": 0.5}, "a", greedy(1))
             assert refused.value.param == "k"
+
+    asyncio.run(ask())
+
+
+def test_experts_whose_logits_differ_in_width_are_not_mixed(llama: Path, padded: Path) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama, "padded": padded}) as engine:
+            with pytest.raises(UnsupportedError, match="llama, padded have different vocabularies") as refused:
+                engine.prepare({"llama": 0.5, "padded": 0.5}, "a", greedy(1))
+            assert refused.value.param == "k"
+
+    asyncio.run(ask())
+
+
+def test_a_mixture_does_not_score_prompts(llama: Path) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama, "twin": llama}) as engine:
+            with pytest.raises(UnsupportedError, match="llama, twin together score no prompts") as refused:
+                engine.prepare({"llama": 0.5, "twin": 0.5}, "a", Sampling(1, prompt_logprobs=0))
+            assert refused.value.param == "echo"
+
+    asyncio.run(ask())
+
+
+SEEDED = [Sampling(40, seed=seed, top_k=top_k) for seed, top_k in enumerate([0, 0, 9, 9])]
+
+
+@pytest.mark.parametrize(
+    ("experts", "sampling"),
+    [
+        ({"llama": 0.5, "padded": 0.5}, greedy(9)),
+        ({"padded": 0.0, "llama": 1.0}, Sampling(9, logit_bias=((310, 1.0),))),
+        ({"llama": 1.0}, Sampling(9, top_k=9, min_p=2.0)),
+    ],
+    ids=["blending breaks", "picking breaks", "picking breaks after others have drawn"],
+)
+def test_what_cannot_be_picked_for_fails_alone(
+    llama: Path, padded: Path, experts: dict[str, float], sampling: Sampling
+) -> None:
+    async def ask() -> None:
+        async with serving({"llama": llama, "padded": padded}) as engine:
+            seeded = list(zip(PROMPTS, SEEDED, strict=False))
+
+            def company() -> list[Any]:
+                return [answer(engine, *each, name) for name in ("llama", "padded") for each in seeded]
+
+            alone = [await each for each in company()]
+            tokens = tuple(byte_level_tokenizer()("the owl")["input_ids"])
+            bad = read(engine.generate(Job(experts, tokens, sampling)))
+            failure, *found = await asyncio.gather(bad, *company(), return_exceptions=True)
+            assert isinstance(failure, EngineError)
+            assert found == alone
 
     asyncio.run(ask())
 
