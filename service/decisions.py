@@ -173,7 +173,7 @@ def _mixable(route: Route, request: Request, engine: Engine) -> Route:
     if len(selected) == 1:
         return route
     try:
-        engine.check_mix(selected)
+        engine.check_mix(selected, request.sampling)
     except UnsupportedError:
         if request.limits.k is not None and request.mixture == "all":
             raise

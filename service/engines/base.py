@@ -247,8 +247,8 @@ class Engine(Protocol):
         """The answer in pieces, the last with a finish. Raises BusyError before the first, or a Failure."""
         ...
 
-    def check_mix(self, experts: Sequence[str]) -> None:
-        """Whether these can answer as one. Raises UnsupportedError, NotReadyError or EngineError."""
+    def check_mix(self, experts: Sequence[str], sampling: Sampling) -> None:
+        """Whether these can answer so as one. Raises UnsupportedError, NotReadyError or EngineError."""
         ...
 
     def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ class EchoEngine:
         return About(self._window, {"engine": "echo"})
 
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
-        self.check_mix(list(experts))
+        self.check_mix(list(experts), sampling)
         if sampling.guide:
             raise UnsupportedError(
                 "an echo takes no form but the prompt's: leave response_format out", "response_format"
@@ -66,7 +66,7 @@ class EchoEngine:
         tokens = self.encode(next(iter(experts)), prompt)
         return Job(experts, tokens, fit(next(iter(experts)), len(tokens), self._window, sampling), prompt)
 
-    def check_mix(self, experts: Sequence[str]) -> None:
+    def check_mix(self, experts: Sequence[str], sampling: Sampling) -> None:
         if len(experts) > 1 and not self._mixes:
             raise UnsupportedError(f"{' and '.join(experts)} cannot be mixed: ask for one", "k")
 

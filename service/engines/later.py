@@ -46,8 +46,8 @@ class LaterEngine:
     def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         return self._made(job.expert).generate(job)
 
-    def check_mix(self, experts: Sequence[str]) -> None:
-        self._made(experts[0]).check_mix(experts)
+    def check_mix(self, experts: Sequence[str], sampling: Sampling) -> None:
+        self._made(experts[0]).check_mix(experts, sampling)
 
     def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:
         return self._made(expert).encode(expert, prompt)

@@ -32,8 +32,8 @@ class SeveralEngines:
     def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         return self._of[job.expert].generate(job)
 
-    def check_mix(self, experts: Sequence[str]) -> None:
-        self._engine(experts).check_mix(experts)
+    def check_mix(self, experts: Sequence[str], sampling: Sampling) -> None:
+        self._engine(experts).check_mix(experts, sampling)
 
     def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:
         return self._of[expert].encode(expert, prompt)

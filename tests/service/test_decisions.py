@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -253,6 +254,17 @@ def test_experts_that_cannot_be_mixed_are_no_route(router: PromptRouter, mixture
             decided(router, request, engine)
     else:
         assert decided(router, request, engine).experts == {"code": 1.0}
+
+
+def test_a_bundle_that_mixes_lets_the_best_alone_do_what_a_mixture_cannot(router: PromptRouter) -> None:
+    class Scoreless(EchoEngine):
+        def check_mix(self, experts: Sequence[str], sampling: Sampling) -> None:
+            if sampling.prompt_logprobs is not None:
+                raise UnsupportedError("together they score no prompts", "echo")
+
+    mixing = replace(router, policy=replace(router.policy, k=2))
+    for sampling, count in ((Sampling(1), 2), (Sampling(1, prompt_logprobs=0), 1)):
+        assert len(decided(mixing, Request("python loop", sampling), Scoreless(router.experts)).experts) == count
 
 
 def test_tokens_are_counted_and_not_estimated(router: PromptRouter) -> None:

@@ -116,15 +116,12 @@ class LocalEngine:
         return About(loaded.window, loaded.facts, {name: getattr(loaded.tokenizer, name) for name in names})
 
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
-        self.check_mix(list(experts))
+        self.check_mix(list(experts), sampling)
         loaded = [self._expert(name) for name in experts]
         first = loaded[0]
         tokens = prompt.ids if isinstance(prompt, Tokens) else encode(first, prompt, within=first.window)
         if not tokens:
             raise PromptError("the prompt has no tokens")
-        if len(loaded) > 1 and sampling.prompt_logprobs is not None:
-            told = f"{', '.join(experts)} together score no prompts: leave echo or logprobs out, or ask for one of them"
-            raise UnsupportedError(told, "echo")
         # Tokenizers may have more tokens than weights do.
         if beyond := [id_ for id_ in (max(tokens), min(tokens)) if not 0 <= id_ < first.vocabulary]:
             known = f"{first.name}'s {first.vocabulary}"
@@ -161,12 +158,15 @@ class LocalEngine:
                 self._open.discard(request)
                 self._worker.cancel(request)
 
-    def check_mix(self, experts: Sequence[str]) -> None:
+    def check_mix(self, experts: Sequence[str], sampling: Sampling) -> None:
         loaded = [self._expert(name) for name in experts]
         if len({(expert.alphabet.digest, expert.vocabulary) for expert in loaded}) > 1:
             raise UnsupportedError(f"{', '.join(experts)} have different vocabularies: they cannot be mixed", "k")
         if sum(expert.bytes for expert in loaded) > (self._options.memory_bytes or math.inf):
             raise UnsupportedError(f"{', '.join(experts)} do not fit into the memory budget together", "k")
+        if len(loaded) > 1 and sampling.prompt_logprobs is not None:
+            told = f"{', '.join(experts)} together score no prompts: leave echo or logprobs out, or ask for one of them"
+            raise UnsupportedError(told, "echo")
 
     def encode(self, expert: str, prompt: Prompt) -> tuple[int, ...]:
         return prompt.ids if isinstance(prompt, Tokens) else encode(self._expert(expert), prompt)

@@ -71,7 +71,7 @@ class RemoteEngine:
     def prepare(self, experts: Mapping[str, float], prompt: Prompt, sampling: Sampling) -> Job:
         """A text's tokens, and a chat's, are the server's to count; max_tokens of the whole window is what is left."""
         expert = next(iter(experts))
-        self.check_mix(list(experts))
+        self.check_mix(list(experts), sampling)
         server = self._servers[expert]
         served = server.served()
         check(expert, served, prompt, sampling)
@@ -104,7 +104,7 @@ class RemoteEngine:
                 self._count(job.expert, reading.usage)
         yield last
 
-    def check_mix(self, experts: Sequence[str]) -> None:
+    def check_mix(self, experts: Sequence[str], sampling: Sampling) -> None:
         if len(experts) > 1:
             raise UnsupportedError(f"{' and '.join(experts)} cannot be mixed: other servers run them", "k")
 
