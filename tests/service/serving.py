@@ -1,14 +1,17 @@
-"""A real server around an app, for what a test client cannot show."""
+"""Real servers, for what a test client cannot show: in a thread, or in a process for signals."""
 
 from __future__ import annotations
 
+import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from processes import Service, service
+from waiting import wait_until
 
 from service.server import listen
 
@@ -30,9 +33,6 @@ def serve(app: FastAPI) -> Iterator[tuple[str, uvicorn.Server]]:
         thread.join()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Return as soon as the condition holds; fail when it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
+def echoing(folder: Path, *options: object) -> AbstractContextManager[Service]:
+    """A service of this bundle that echoes, in a process of its own."""
+    return service([sys.executable, Path(__file__).with_name("echo_service.py"), folder, *options])
