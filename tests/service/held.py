@@ -30,7 +30,12 @@ class Held(EchoEngine):
         given = 0
         async with aclosing(super().generate(job)) as pieces:
             async for piece in pieces:
-                while given >= self._free and not self.let():  # noqa: ASYNC110 - another thread releases it
-                    await asyncio.sleep(0.001)
+                if given >= self._free:
+                    await self._hold()
                 yield piece
                 given += 1
+
+    async def _hold(self) -> None:
+        async with asyncio.timeout(60):  # a test that forgets it fails, and does not hang
+            while not self.let():  # noqa: ASYNC110 - another thread releases it
+                await asyncio.sleep(0.001)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -31,6 +34,16 @@ def serve(app: FastAPI) -> Iterator[tuple[str, uvicorn.Server]]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def asked(url: str, body: Mapping[str, Any], **headers: str) -> socket.socket:
+    """The connection of a client that has asked for a completion, and may leave without its answer."""
+    content = json.dumps(body)
+    sent = {"host": "x", "content-length": str(len(content))} | headers
+    connection = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+    head = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
+    connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n{content}".encode())
+    return connection
 
 
 def echoing(folder: Path, *options: object) -> AbstractContextManager[Service]:
