@@ -36,6 +36,6 @@ class Held(EchoEngine):
                 given += 1
 
     async def _hold(self) -> None:
-        async with asyncio.timeout(60):  # a test that forgets it fails, and does not hang
+        async with asyncio.timeout(120):  # longer than any test waits, so that it fails and does not hang
             while not self.let():  # noqa: ASYNC110 - another thread releases it
                 await asyncio.sleep(0.001)
