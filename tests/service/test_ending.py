@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from held import Held
 from serving import echoing, serve
 from waiting import wait_until
 
+from routers.base import Estimate, Vector
 from routers.bundle import Bundle
+from routers.fixed import FixedRouter
 from service.app import create_app
 from service.engines.echo import EchoEngine
 
@@ -112,15 +115,24 @@ def test_an_answer_that_has_not_begun_by_its_deadline_is_504(bundle: Bundle, str
         assert client.post("/v1/completions", json=STREAM).status_code == 504  # nothing is left of the first
 
 
+class Thorough(FixedRouter):
+    """Takes its time over every prompt."""
+
+    def estimate(self, vector_D: Vector) -> Estimate:
+        time.sleep(0.05)
+        return super().estimate(vector_D)
+
+
 def test_lines_that_are_not_all_told_by_their_deadline_break_off(
     bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Half of them must not look like all."""
     caplog.set_level("INFO", "service.requests")
-    app = create_app(bundle, EchoEngine(bundle.router.experts), deadline=1)
-    with serve(app) as (url, _):
+    experts = bundle.router.experts
+    slow = replace(bundle, router=replace(bundle.router, router=Thorough.always(experts, "math")))
+    with serve(create_app(slow, EchoEngine(experts), deadline=1)) as (url, _):
         with pytest.raises(httpx.RemoteProtocolError):
-            httpx.post(f"{url}/route/batch", content=b'{"prompt": "python"}\n' * 40_000, timeout=60)
+            httpx.post(f"{url}/route/batch", content=b'{"prompt": "python"}\n' * 100, timeout=60)
         wait_until(lambda: " 504 " in caplog.text)
 
 
