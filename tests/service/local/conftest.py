@@ -9,7 +9,7 @@ from hosting import Hosted, hosted
 from tiny import save_llama
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Matrices this small only lose by sharing."""
     before = torch.get_num_threads()
