@@ -49,7 +49,7 @@ def process(command: Sequence[object], environment: Mapping[str, str] | None = N
 
 
 @contextmanager
-def service(command: Sequence[object], environment: Mapping[str, str] | None = None) -> Iterator[Service]:
+def service_process(command: Sequence[object], environment: Mapping[str, str] | None = None) -> Iterator[Service]:
     """The service whose first line tells its address, as soon as no expert is loading."""
     with process(command, environment) as started:
         assert started.stdout is not None

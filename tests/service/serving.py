@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from processes import Service, service
+from processes import Service, service_process
 from waiting import wait_until
 
 from service.server import listen
@@ -48,4 +48,4 @@ def asked(url: str, body: Mapping[str, Any], **headers: str) -> socket.socket:
 
 def echoing(folder: Path, *options: object) -> AbstractContextManager[Service]:
     """A service of this bundle that echoes, in a process of its own."""
-    return service([sys.executable, Path(__file__).with_name("echo_service.py"), folder, *options])
+    return service_process([sys.executable, Path(__file__).with_name("echo_service.py"), folder, *options])
