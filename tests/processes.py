@@ -31,7 +31,7 @@ class Service:
 @contextmanager
 def process(command: Sequence[object], environment: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """One whose output can be read line by line."""
-    said = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)} | (environment or {})
+    said = os.environ | (environment or {})
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -48,15 +48,27 @@ def process(command: Sequence[object], environment: Mapping[str, str] | None = N
             started.kill()
 
 
+def read_until(word: str, started: subprocess.Popen[str]) -> str:
+    """What a process says up to the line with this word; one that does not come to it is ended."""
+    assert started.stdout is not None
+    late, said = threading.Timer(SECONDS, started.kill), ""
+    late.start()
+    try:
+        while word not in said:
+            line = started.stdout.readline()
+            assert line, f"the process ended without {word!r}: {said}"
+            said += line
+    finally:
+        late.cancel()
+    return said
+
+
 @contextmanager
 def service_process(command: Sequence[object], environment: Mapping[str, str] | None = None) -> Iterator[Service]:
     """The service whose first line tells its address, as soon as no expert is loading."""
-    with process(command, environment) as started:
-        assert started.stdout is not None
-        mute = threading.Timer(SECONDS, started.kill)
-        mute.start()
-        address = re.search(r"http://\S+:\d+", started.stdout.readline())
-        mute.cancel()
+    said = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)} | (environment or {})
+    with process(command, said) as started:
+        address = re.search(r"http://\S+:\d+", read_until("http://", started))
         assert address is not None, "the service told no address"
 
         def is_loaded() -> bool:
