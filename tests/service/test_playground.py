@@ -147,11 +147,13 @@ def page(tab: Any, server: str, stage: Staged) -> Iterator[Any]:
 
 
 @contextmanager
-def opened(chromium: Any, url: str, *, wait: bool = True, **options: Any) -> Iterator[Any]:
-    """The page in a browser of its own."""
+def opened(chromium: Any, url: str, *, wait: bool = True, clock: bool = False, **options: Any) -> Iterator[Any]:
+    """The page in a browser of its own; with a clock that can be stopped."""
     context = chromium.new_context(base_url=url, **options)
     try:
         page = context.new_page()
+        if clock:
+            page.clock.install()
         with watched(page, url):
             yield loaded(page, wait)
     finally:
@@ -207,8 +209,7 @@ def ask(page: Any, prompt: str) -> Any:
 
 
 def stop_clock(page: Any) -> None:
-    """From here on the page's time goes only as a test says; for good, so of a page of the test's own."""
-    page.clock.install()
+    """From here on the page's time goes only as a test says."""
     page.clock.pause_at(page.evaluate("Date.now()") + 1000)
 
 
@@ -236,9 +237,9 @@ def test_the_route_shows_as_one_types_and_nothing_is_generated(page: Any, stage:
 
 
 def test_the_route_is_not_asked_for_at_every_key(chromium: Any, server: str) -> None:
-    with opened(chromium, server) as page:
-        routes = bodies(page, "/route")
+    with opened(chromium, server, clock=True) as page:
         stop_clock(page)
+        routes = bodies(page, "/route")
         page.type("#prompt", "python loop list class import")
         page.clock.run_for(119)
         assert routes == []
@@ -474,7 +475,7 @@ def test_every_control_has_a_name(page: Any) -> None:
 
 @pytest.mark.parametrize("format", ["chat", "completion"])
 def test_what_is_copied_answers_as_the_page_does(chromium: Any, server: str, format: str) -> None:
-    with opened(chromium, server, permissions=["clipboard-read", "clipboard-write"]) as page:
+    with opened(chromium, server, clock=True, permissions=["clipboard-read", "clipboard-write"]) as page:
         page.check(f"#{format}", force=True)
         text = ask(page, HOSTILE).locator(".text").inner_text()
         assert text == HOSTILE
