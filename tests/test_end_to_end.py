@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import httpx
 import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
+from processes import service_process
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routers import bundle
@@ -40,6 +40,7 @@ PROMPTS = (
 class Served:
     """A running service, and the bundle it serves."""
 
+    client: httpx.Client
     url: str
     path: Path
     router: PromptRouter
@@ -48,16 +49,12 @@ class Served:
 @pytest.fixture(scope="module", params=["micro", pytest.param("demo", marks=pytest.mark.slow)])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     path = request.getfixturevalue("micro_bundle") if request.param == "micro" else demo_bundle(tmp_path_factory)
-    command = [sys.executable, "-m", "service", "--bundle", str(path), "--port", "0", "--log-level", "warning"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        url = re.search(r"http://\S+:\d+", process.stdout.readline())
-        assert url is not None
-        wait_until_ready(url[0], process)
-        yield Served(url[0], path, bundle.read(path).router)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+    command = [sys.executable, "-m", "service", "--bundle", path, "--port", 0, "--log-level", "warning"]
+    with service_process(command, {"OMP_NUM_THREADS": "1"}) as service:
+        assert service.client.get("/readyz").status_code == 200
+        yield Served(service.client, service.url, path, bundle.read(path).router)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(60) == 0
 
 
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -66,18 +63,17 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[str]) -> None:
-    for _ in range(600):
-        assert process.poll() is None, "the service ended before it was ready"
-        if httpx.get(f"{url}/readyz").status_code == 200:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the service was not ready within a minute")
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as the service has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def generated(folder: Path, prompt: str, tokens: int) -> str:
-    """What transformers' own generate says, greedily, on the thread that the service has too."""
-    torch.set_num_threads(1)
+    """What transformers' own generate says, greedily."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=best_dtype(torch.device("cpu")))
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -85,6 +81,7 @@ def generated(folder: Path, prompt: str, tokens: int) -> str:
     return str(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_every_expert_answers_greedily_as_transformers_generate_does(served: Served) -> None:
     client = OpenAI(base_url=f"{served.url}/v1", api_key="none")
     for expert in served.router.experts:
@@ -107,7 +104,7 @@ def test_the_route_is_one_alone_in_a_crowd_by_command_and_by_http(served: Served
     alone = [served.router.route(prompt) for prompt in PROMPTS]
     crowd = asyncio.run(crowded(served.url))
     for prompt, route, served_by in zip(PROMPTS, alone, crowd, strict=True):
-        told = httpx.get(f"{served.url}/route", params={"prompt": prompt}).json()
+        told = served.client.get("/route", params={"prompt": prompt}).json()
         command = [sys.executable, "-m", "builder", "route", str(served.path), "--", prompt]
         printed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         expected = [(ranked.expert, ranked.score, ranked.weight) for ranked in route.ranking]
@@ -130,7 +127,7 @@ async def crowded(url: str) -> list[set[str]]:
 
 
 def test_the_service_counts_what_it_routed(served: Served) -> None:
-    metrics = httpx.get(f"{served.url}/metrics").text
+    metrics = served.client.get("/metrics").text
     assert re.search(r"vllm:generation_tokens_total\{[^}]*\} [1-9]", metrics)
 
 

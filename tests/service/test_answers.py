@@ -8,9 +8,12 @@ import zlib
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
+from held import Held
 from httpx2 import Response
+from serving import serve
 
 from routers.bundle import Bundle
 from routers.prompt import PromptRouter
@@ -50,8 +53,13 @@ def choices(client: TestClient, **fields: Any) -> list[dict[str, Any]]:
 
 
 def events(response: Response) -> list[dict[str, Any]]:
-    """The events of a stream, which must end as OpenAI's do."""
-    *parts, done, end = response.text.split("\n\n")
+    """The events of a stream."""
+    return events_of(response.text)
+
+
+def events_of(stream: str) -> list[dict[str, Any]]:
+    """Its events; it must end as OpenAI's do."""
+    *parts, done, end = stream.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     return [json.loads(part.removeprefix("data: ")) for part in parts if not part.startswith(":")]
 
@@ -418,37 +426,43 @@ def test_the_decisions_of_several_prompts_are_a_list(client: TestClient) -> None
     assert [route["text"] for route in client.post("/route", json=body).json()] == body["prompt"]
 
 
-class Slow(EchoEngine):
-    """Is silent for a while, and then answers or fails."""
+class Mortal(Held):
+    """Dies when it is let, if it is told of what."""
 
-    def __init__(self, experts: tuple[str, ...], failure: Exception | None = None) -> None:
-        super().__init__(experts, delay=0.2)
-        self._failure = failure
+    failure: Exception | None = None
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
         async for piece in super().generate(job):
-            if self._failure:
-                raise self._failure
+            if self.failure:
+                raise self.failure
             yield piece
 
 
-def impatient(bundle: Bundle, engine: EchoEngine) -> TestClient:
-    return TestClient(create_app(bundle, engine, patience=0.01, heartbeat=0.05))
+def heard(bundle: Bundle, engine: Held) -> str:
+    """The whole stream of an answer that is held until it has said twice that it lives."""
+    app, text = create_app(bundle, engine, patience=0.01, heartbeat=0.05), ""
+    with (
+        serve(app) as (url, _),
+        httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "hi", "stream": True}, timeout=60) as response,
+    ):
+        assert response.status_code == 200
+        for part in response.iter_text():
+            text += part
+            if text.count(": waiting\n\n") >= 2:
+                engine.gate.release()
+    return text
 
 
 def test_a_stream_that_waits_says_that_it_lives(bundle: Bundle) -> None:
-    response = impatient(bundle, Slow(bundle.router.experts)).post(
-        "/v1/completions", json={"prompt": "hi", "stream": True}
-    )
-    assert response.text.startswith(": waiting\n\n: waiting\n\n")
-    assert [chunk["choices"][0]["text"] for chunk in events(response)] == ["hi"]
+    text = heard(bundle, Mortal(bundle.router.experts))
+    assert text.startswith(": waiting\n\n: waiting\n\n")
+    assert [chunk["choices"][0]["text"] for chunk in events_of(text)] == ["hi"]
 
 
 def test_a_failure_after_the_wait_is_an_error_event(bundle: Bundle) -> None:
-    client = impatient(bundle, Slow(bundle.router.experts, EngineError("code died")))
-    response = client.post("/v1/completions", json={"prompt": "hi", "stream": True})
-    assert response.status_code == 200
-    (error,) = events(response)
+    engine = Mortal(bundle.router.experts)
+    engine.failure = EngineError("code died")
+    (error,) = events_of(heard(bundle, engine))
     assert error["error"]["message"] == "code died"
 
 

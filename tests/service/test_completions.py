@@ -7,9 +7,11 @@ import threading
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import groupby
 from typing import ClassVar, Self
 
 import pytest
+from held import Held
 
 from routers.base import Router, Vector
 from routers.policy import Limits
@@ -290,11 +292,13 @@ def test_a_slow_answer_is_waited_for_no_longer_than_patience(router: PromptRoute
         found: list[bool] = []
         async for came in completion.pieces(idle=0.1):
             found.append(not came)
-            if found[-3:] == [True] * 3:
+            if found[-3:] == [True] * 3 and found[-4:] != [True] * 4:
                 engine.gate.release()
         return found
 
-    assert asyncio.run(silences()) == [True] * 3 + [False] + [True] * 3 + [False]
+    # A silence may last a little longer on a busy machine.
+    told = [(silent, len(list(those))) for silent, those in groupby(asyncio.run(silences()))]
+    assert [(silent, min(count, 3)) for silent, count in told] == [(True, 3), (False, 1)] * 2
 
 
 def test_pieces_that_wait_for_their_reader_come_at_once(router: PromptRouter) -> None:
@@ -311,10 +315,10 @@ def test_pieces_that_wait_for_their_reader_come_at_once(router: PromptRouter) ->
         )
         engine.gate.release()
         found = [await anext(pieces := completion.pieces())]
-        for _ in range(3):
-            engine.gate.release()
-        for _ in range(50):
-            await asyncio.sleep(0)
+        engine.gate.release(3)
+        async with asyncio.timeout(60):
+            while not engine.finished:  # noqa: ASYNC110 - it has no event for it
+                await asyncio.sleep(0.001)
         return [[piece.text for _, piece in came] for came in [*found, *[came async for came in pieces]]]
 
     assert asyncio.run(read()) == [["one"], [" two", " three", " four"]]
@@ -400,19 +404,6 @@ def test_who_answers_a_session_is_remembered(router: PromptRouter) -> None:
         return async_.parts[0].decision.route.expert
 
     assert asyncio.run(answer()) == sessions.last(named(None, "mine")) != "code"
-
-
-class Held(EchoEngine):
-    """Gives a piece only when it is let."""
-
-    def __init__(self, experts: tuple[str, ...]) -> None:
-        super().__init__(experts)
-        self.gate = asyncio.Semaphore(0)
-
-    async def generate(self, job: Job) -> AsyncGenerator[Piece, None]:
-        async for piece in super().generate(job):
-            await self.gate.acquire()
-            yield piece
 
 
 def experts(completion: Completion) -> list[str]:

@@ -6,118 +6,97 @@ import asyncio
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from serving import serve, wait_until
+from held import Held
+from serving import echoing, serve
+from waiting import wait_until
 
+from routers.base import Estimate, Vector
 from routers.bundle import Bundle
+from routers.fixed import FixedRouter
 from service.app import create_app
 from service.ending import BODY_BYTES, Upload
 from service.engines.echo import EchoEngine
 from service.errors import SlowBodyError
 
-ROOT = Path(__file__).parents[2]
 STREAM: dict[str, Any] = {"prompt": "word " * 30, "max_tokens": 30, "stream": True}
 
 
-@contextmanager
-def process(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address of a service that echoes, and its process."""
-    command = [sys.executable, str(Path(__file__).with_name("echo_service.py")), str(folder), *options]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}
-    ) as started:
-        assert started.stdout is not None
-        try:
-            url = started.stdout.readline().strip()
-            wait_until(lambda: answers(f"{url}healthz"))
-            yield url, started
-        finally:
-            started.kill()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url).is_success
-    except httpx.HTTPError:
-        return False
-
-
 def test_told_to_stop_it_refuses_what_is_new_and_lets_streams_end(folder: Path) -> None:
+    gate = folder / "gate"
     with (
-        process(folder, "--delay", "0.05", "--grace", "20") as (url, started),
-        httpx.stream("POST", f"{url}v1/completions", json=STREAM) as response,
+        echoing(folder, "--gate", gate, "--grace", 600) as echo,
+        echo.client.stream("POST", "/v1/completions", json=STREAM) as response,
     ):
         lines = response.iter_lines()
         next(lines)
-        started.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{url}readyz").status_code == 503)
-        assert httpx.get(f"{url}readyz").json()["stopping"]
-        assert httpx.get(f"{url}healthz").status_code == 200
-        refused = httpx.post(f"{url}v1/completions", json=STREAM)
+        echo.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: echo.client.get("/readyz").status_code == 503)
+        assert echo.client.get("/readyz").json()["stopping"]
+        assert echo.client.get("/healthz").status_code == 200
+        refused = echo.client.post("/v1/completions", json=STREAM)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
         assert int(refused.headers["retry-after"]) > 0
+        gate.touch()
         events = [line for line in lines if line]
         assert "error" not in events[-2]
         assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "stop"
-        assert started.wait(10) == 0
+        assert echo.process.wait(30) == 0
 
 
 def test_streams_longer_than_the_grace_end_with_an_error_event(folder: Path) -> None:
     with (
-        process(folder, "--delay", "1", "--grace", "0.5") as (url, started),
-        httpx.stream("POST", f"{url}v1/completions", json=STREAM) as response,
+        echoing(folder, "--gate", folder / "gate", "--grace", 0.5) as echo,
+        echo.client.stream("POST", "/v1/completions", json=STREAM) as response,
     ):
         lines = response.iter_lines()
         next(lines)
         began = time.monotonic()
-        started.send_signal(signal.SIGTERM)
+        echo.process.send_signal(signal.SIGTERM)
         *_, error, done = [line for line in lines if line]
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "stopping"
         assert done == "data: [DONE]"
-        assert started.wait(10) == 0
-        assert 0.4 < time.monotonic() - began < 5
+        assert echo.process.wait(30) == 0
+        assert 0.4 < time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(folder: Path, sent: signal.Signals) -> None:
     with (
-        process(folder, "--delay", "1", "--grace", "600") as (url, started),
-        httpx.stream("POST", f"{url}v1/completions", json=STREAM) as response,
+        echoing(folder, "--gate", folder / "gate", "--grace", 600) as echo,
+        echo.client.stream("POST", "/v1/completions", json=STREAM) as response,
     ):
         lines = response.iter_lines()
         next(lines)
-        started.send_signal(sent)
-        wait_until(lambda: httpx.get(f"{url}readyz").status_code == 503)
+        echo.process.send_signal(sent)
+        wait_until(lambda: echo.client.get("/readyz").status_code == 503)
         began = time.monotonic()
-        started.send_signal(sent)
+        echo.process.send_signal(sent)
         assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert started.wait(10) == 0
-        assert time.monotonic() - began < 5
+        assert echo.process.wait(30) == 0
+        assert time.monotonic() - began < 20
 
 
 def test_idle_it_ends_at_once(folder: Path) -> None:
-    with process(folder, "--grace", "600") as (url, started), httpx.Client() as idle:
-        idle.get(f"{url}healthz")
+    with echoing(folder, "--grace", 600) as echo:  # whose client keeps its connection
         began = time.monotonic()
-        started.send_signal(signal.SIGTERM)
-        assert started.wait(10) == 0
-        assert time.monotonic() - began < 5
+        echo.process.send_signal(signal.SIGTERM)
+        assert echo.process.wait(30) == 0
+        assert time.monotonic() - began < 20
 
 
 def test_a_stream_over_its_deadline_ends_with_an_error_event(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "service.requests")
-    engine = EchoEngine(bundle.router.experts, delay=0.1)
-    with TestClient(create_app(bundle, engine, deadline=0.35)) as client:
+    engine = Held(bundle.router.experts, free=3)
+    with TestClient(create_app(bundle, engine, deadline=1)) as client:
         response = client.post("/v1/completions", json=STREAM)
         assert client.get("/healthz").status_code == 200
     *pieces, error, done, _ = response.text.split("\n\n")
@@ -130,14 +109,22 @@ def test_a_stream_over_its_deadline_ends_with_an_error_event(bundle: Bundle, cap
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_has_not_begun_by_its_deadline_is_504(bundle: Bundle, stream: bool) -> None:
-    engine = EchoEngine(bundle.router.experts, delay=9)
-    with TestClient(create_app(bundle, engine, deadline=0.1)) as client:
+    engine = Held(bundle.router.experts)
+    with TestClient(create_app(bundle, engine, deadline=1)) as client:
         response = client.post("/v1/completions", json=STREAM | {"stream": stream})
         assert response.status_code == 504
-        assert response.json()["error"]["message"] == "the request took longer than 0.1 seconds"
+        assert response.json()["error"]["message"] == "the request took longer than 1 seconds"
         assert response.headers["x-should-retry"] == "false"
         assert engine.running == 0
         assert client.post("/v1/completions", json=STREAM).status_code == 504  # nothing is left of the first
+
+
+class Thorough(FixedRouter):
+    """Takes its time over every prompt."""
+
+    def estimate(self, vector_D: Vector) -> Estimate:
+        time.sleep(0.05)
+        return super().estimate(vector_D)
 
 
 def test_lines_that_are_not_all_told_by_their_deadline_break_off(
@@ -145,15 +132,16 @@ def test_lines_that_are_not_all_told_by_their_deadline_break_off(
 ) -> None:
     """Half of them must not look like all."""
     caplog.set_level("INFO", "service.requests")
-    app = create_app(bundle, EchoEngine(bundle.router.experts), deadline=0.3)
-    with serve(app) as (url, _):
+    experts = bundle.router.experts
+    slow = replace(bundle, router=replace(bundle.router, router=Thorough.always(experts, "math")))
+    with serve(create_app(slow, EchoEngine(experts), deadline=1)) as (url, _):
         with pytest.raises(httpx.RemoteProtocolError):
-            httpx.post(f"{url}/route/batch", content=b'{"prompt": "python"}\n' * 40_000, timeout=9)
+            httpx.post(f"{url}/route/batch", content=b'{"prompt": "python"}\n' * 100, timeout=60)
         wait_until(lambda: " 504 " in caplog.text)
 
 
 def test_a_request_within_its_deadline_is_untouched(bundle: Bundle) -> None:
-    with TestClient(create_app(bundle, EchoEngine(bundle.router.experts), deadline=5)) as client:
+    with TestClient(create_app(bundle, EchoEngine(bundle.router.experts), deadline=60)) as client:
         assert client.post("/v1/completions", json=STREAM).text.endswith("data: [DONE]\n\n")
 
 
@@ -197,10 +185,7 @@ def test_an_answer_may_take_its_time_once_its_body_is_here(bundle: Bundle) -> No
 
 
 def test_a_head_that_is_too_large_is_refused(folder: Path) -> None:
-    with (
-        process(folder) as (url, _),
-        socket.create_connection(("127.0.0.1", int(url.rstrip("/").rsplit(":", 1)[1]))) as connection,
-    ):
+    with echoing(folder) as echo, socket.create_connection(("127.0.0.1", echo.client.base_url.port)) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-large: ".ljust(1 << 16, b"x"))
         connection.sendall(b"xx")
         assert connection.recv(9999).startswith(b"HTTP/1.1 400 ")

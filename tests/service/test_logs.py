@@ -13,7 +13,9 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from serving import serve, wait_until
+from held import Held
+from serving import asked, serve
+from waiting import wait_until
 
 from routers.bundle import Bundle
 from service.app import create_app
@@ -97,17 +99,18 @@ def test_a_refusal_says_its_code(bundle: Bundle, caplog: pytest.LogCaptureFixtur
 
 
 def test_a_client_that_left_before_its_answer_is_499(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
-    with serve(create_app(bundle, EchoEngine(bundle.router.experts, delay=5))) as (url, _):
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/completions", json=BODY, timeout=0.2)
+    engine = Held(bundle.router.experts)
+    with serve(create_app(bundle, engine)) as (url, _):
+        with asked(url, BODY):
+            wait_until(lambda: engine.running == 1)
         wait_until(lambda: bool(lines(caplog)))
     assert lines(caplog)[0]["status"] == 499
 
 
 def test_a_client_that_left_a_stream_is_499(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     body = {"prompt": "word " * 30, "max_tokens": 30, "stream": True}
-    with serve(create_app(bundle, EchoEngine(bundle.router.experts, delay=0.2))) as (url, _):
-        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+    with serve(create_app(bundle, Held(bundle.router.experts, free=1))) as (url, _):
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             next(response.iter_lines())
             response.close()
         wait_until(lambda: bool(lines(caplog)))

@@ -11,9 +11,11 @@ from typing import get_args, get_type_hints
 import numpy as np
 import openai
 import pytest
+from held import Held
 from openai.types.chat import ChatCompletionContentPartTextParam, ChatCompletionMessageParam
 from pydantic import BaseModel
-from serving import serve, wait_until
+from serving import serve
+from waiting import wait_until
 
 from routers.bundle import Bundle
 from routers.prompt import AUTO, PromptRouter
@@ -265,14 +267,14 @@ def test_a_prompt_over_the_window_has_openais_code(openai_client: openai.OpenAI)
 
 
 def test_a_client_that_times_out_ends_the_work(bundle: Bundle) -> None:
-    engine = EchoEngine(bundle.router.experts, delay=5)
+    engine = Held(bundle.router.experts)
     with (
         serve(create_app(bundle, engine)) as (url, _),
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=0.3) as client,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=1) as client,
     ):
         with pytest.raises(openai.APITimeoutError):
             client.completions.create(model=AUTO, prompt="a b", n=3)
-        wait_until(lambda: engine.finished == 3, seconds=2)
+        wait_until(lambda: engine.finished == 3)
         assert engine.running == 0
 
 

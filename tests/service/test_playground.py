@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from serving import serve, wait_until
+from serving import serve
+from waiting import wait_until
 
 from routers.bundle import Bundle, Digest, RoutingRow, save_routing
 from routers.knn import KnnRouter
@@ -102,7 +103,7 @@ def chromium() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
     if CHROMIUM is None:
         pytest.skip("chromium is not installed: apt-get install chromium")
-    playwright.expect.set_options(timeout=5000)
+    playwright.expect.set_options(timeout=60_000)
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM)
         yield browser
@@ -131,7 +132,7 @@ def stage(staged: Staged) -> Staged:
 @pytest.fixture(scope="module")
 def tab(chromium: Any, server: str) -> Iterator[Any]:
     """One for most tests: a browser of its own for each would take most of the time."""
-    context = chromium.new_context(base_url=server, permissions=["clipboard-read", "clipboard-write"])
+    context = chromium.new_context(base_url=server)
     yield context.new_page()
     context.close()
 
@@ -147,11 +148,13 @@ def page(tab: Any, server: str, stage: Staged) -> Iterator[Any]:
 
 
 @contextmanager
-def opened(chromium: Any, url: str, *, wait: bool = True, **options: Any) -> Iterator[Any]:
-    """The page in a browser of its own."""
+def opened(chromium: Any, url: str, *, wait: bool = True, clock: bool = False, **options: Any) -> Iterator[Any]:
+    """The page in a browser of its own; with a clock that can be stopped."""
     context = chromium.new_context(base_url=url, **options)
     try:
         page = context.new_page()
+        if clock:
+            page.clock.install()
         with watched(page, url):
             yield loaded(page, wait)
     finally:
@@ -206,6 +209,11 @@ def ask(page: Any, prompt: str) -> Any:
     return answer
 
 
+def stop_clock(page: Any) -> None:
+    """From here on the page's time goes only as a test says."""
+    page.clock.pause_at(page.evaluate("Date.now()") + 1000)
+
+
 def bodies(page: Any, path: str) -> list[dict[str, Any]]:
     """What will have been posted there."""
     sent: list[dict[str, Any]] = []
@@ -229,13 +237,19 @@ def test_the_route_shows_as_one_types_and_nothing_is_generated(page: Any, stage:
     assert (stage.running, stage.finished) == (0, 0)
 
 
-def test_the_route_is_not_asked_for_at_every_key(page: Any) -> None:
-    routes = bodies(page, "/route")
-    page.type("#prompt", "python loop list class import", delay=5)
-    expect(page.locator("#reason")).to_contain_text("code")
-    page.wait_for_timeout(200)
-    assert len(routes) <= 3
-    assert routes[-1]["messages"] == [{"role": "user", "content": "python loop list class import"}]
+def test_the_route_is_not_asked_for_at_every_key(chromium: Any, server: str) -> None:
+    with opened(chromium, server, clock=True) as page:
+        stop_clock(page)
+        routes = bodies(page, "/route")
+        page.type("#prompt", "python loop list class import")
+        page.clock.run_for(119)
+        assert routes == []
+        page.clock.run_for(1)
+        expect(page.locator("#reason")).to_contain_text("code")
+        page.clock.run_for(1000)
+        assert [route["messages"] for route in routes] == [
+            [{"role": "user", "content": "python loop list class import"}]
+        ]
 
 
 @pytest.mark.parametrize(
@@ -374,9 +388,11 @@ def test_a_fallback_shows_who_answered_instead(page: Any, stage: Staged) -> None
 
 def test_a_service_that_is_gone_is_said_to_be(page: Any) -> None:
     page.context.set_offline(True)
-    send(page, "python loop")
-    expect(page.locator(".answer .error")).to_contain_text("The service does not answer.")
-    page.context.set_offline(False)
+    try:
+        send(page, "python loop")
+        expect(page.locator(".answer .error")).to_contain_text("The service does not answer.")
+    finally:
+        page.context.set_offline(False)
 
 
 def test_two_are_compared_side_by_side_and_stream_at_once(page: Any, stage: Staged) -> None:
@@ -459,21 +475,25 @@ def test_every_control_has_a_name(page: Any) -> None:
 
 
 @pytest.mark.parametrize("format", ["chat", "completion"])
-def test_what_is_copied_answers_as_the_page_does(page: Any, format: str) -> None:
-    page.check(f"#{format}", force=True)
-    text = ask(page, HOSTILE).locator(".text").inner_text()
-    assert text == HOSTILE
-    assert copied(page) == [HOSTILE] * 3
-    assert "API_KEY" not in page.content()
+def test_what_is_copied_answers_as_the_page_does(chromium: Any, server: str, format: str) -> None:
+    with opened(chromium, server, clock=True, permissions=["clipboard-read", "clipboard-write"]) as page:
+        page.check(f"#{format}", force=True)
+        text = ask(page, HOSTILE).locator(".text").inner_text()
+        assert text == HOSTILE
+        assert copied(page) == [HOSTILE] * 3
+        assert "API_KEY" not in page.content()
 
 
 def copied(page: Any, key: str = "") -> list[str]:
-    """What the code of each tab answers, as it is copied, with this key in the environment."""
+    """What the code of each tab answers, as it is copied, with this key in the environment; the page has a clock."""
+    stop_clock(page)
     said = []
     for tab, command in {"curl": ["bash", "-c"], "python": [sys.executable, "-c"]}.items():
         page.click(f"#tab-{tab}")
         page.click("#copyCode")
         expect(page.locator("#copyCode")).to_have_text("Copied")
+        page.clock.run_for(1200)
+        expect(page.locator("#copyCode")).to_have_text("Copy")
         code = page.evaluate("navigator.clipboard.readText()")
         assert code == page.locator("#code").text_content()
         environment = os.environ | {"OPENAI_API_KEY": key}
@@ -596,7 +616,7 @@ def test_a_service_with_keys_is_used_with_one(chromium: Any, bundle: Bundle, sta
     (tmp_path / "keys").write_text(line)
     with (
         serve(create_app(bundle, stage, access=Access(tmp_path / "keys"))) as (url, _),
-        opened(chromium, url, wait=False, permissions=["clipboard-read", "clipboard-write"]) as page,
+        opened(chromium, url, wait=False, clock=True, permissions=["clipboard-read", "clipboard-write"]) as page,
     ):
         expect(page.locator("#health")).to_have_text("an API key is needed")
         page.get_by_label("API key").fill(key)
@@ -653,7 +673,8 @@ def neighbours(bundle: Bundle, router: PromptRouter, tmp_path: Path) -> Bundle:
 def test_the_evidence_the_costs_and_what_the_router_gains_are_shown(
     chromium: Any, neighbours: Bundle, stage: Staged
 ) -> None:
-    with serve(create_app(neighbours, stage)) as (url, _), opened(chromium, url) as page:
+    still = {"reduced_motion": "reduce"}  # where bars are is where they stay
+    with serve(create_app(neighbours, stage)) as (url, _), opened(chromium, url, **still) as page:
         page.fill("#prompt", "python loop")
         page.click("#evidence summary")
         page.click("#router summary")

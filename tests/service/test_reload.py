@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from serving import serve, wait_until
-from test_ending import process
+from held import Held
+from serving import echoing, serve
+from waiting import wait_until
 
 from routers import bundle as bundles
 from routers.bundle import MANIFEST, ROUTER, Manifest, digest
@@ -119,17 +120,20 @@ def test_a_router_that_is_not_good_is_refused_and_the_old_one_goes_on(
 
 
 def test_a_running_answer_keeps_its_decision(folder: Path) -> None:
-    engine = EchoEngine(("math", "code", "story"), delay=0.1)
+    engine = Held(("math", "code", "story"), free=2)
     body = {"prompt": "python loop " * 10, "max_tokens": 20, "stream": True}
     with (
         serve(create_app(bundles.read(folder), engine)) as (url, _),
-        httpx.stream("POST", f"{url}/v1/completions", json=body, headers={"x-route-debug": "1"}) as response,
+        httpx.Client(base_url=url, timeout=60) as client,
+        client.stream("POST", "/v1/completions", json=body, headers={"x-route-debug": "1"}) as response,
     ):
         lines = response.iter_lines()
         next(lines)
         republish(folder)
-        assert httpx.post(f"{url}/admin/reload").status_code == 200
-        assert httpx.post(f"{url}/v1/completions", json=BODY).json()["model"] == "math"
+        assert client.post("/admin/reload").status_code == 200
+        assert client.post("/v1/completions", json=BODY).json()["model"] == "math"
+        assert engine.running == 1
+        engine.gate.release(20)
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
     assert {chunk["model"] for chunk in chunks} == {"code"}
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
@@ -171,20 +175,20 @@ def test_with_keys_only_the_admins_may_reload_and_the_keys_are_read_again(folder
         assert ask(bob, "/v1/completions") == 200
 
 
-def says(url: str, text: str) -> bool:
-    return text in httpx.get(url).text
+def says(client: httpx.Client, text: str) -> bool:
+    return text in client.get("/metrics").text
 
 
 def test_sighup_reloads(folder: Path) -> None:
-    with process(folder) as (url, started):
+    with echoing(folder) as echo:
         republish(folder)
-        started.send_signal(signal.SIGHUP)
-        wait_until(lambda: httpx.post(f"{url}v1/completions", json=BODY).json()["model"] == "math")
+        echo.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: echo.client.post("/v1/completions", json=BODY).json()["model"] == "math")
         for times, spoil in enumerate((truncate, block), 1):
             spoil(folder)
-            started.send_signal(signal.SIGHUP)
-            wait_until(partial(says, f"{url}metrics", f'result="refused"}} {times}.0'))
-        assert httpx.post(f"{url}v1/completions", json=BODY).json()["model"] == "math"
+            echo.process.send_signal(signal.SIGHUP)
+            wait_until(partial(says, echo.client, f'result="refused"}} {times}.0'))
+        assert echo.client.post("/v1/completions", json=BODY).json()["model"] == "math"
 
 
 def test_the_command_reloads_a_running_service(folder: Path) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
-from serving import wait_until
+from processes import ROOT, read_until, service_process
 from tokenizers import Tokenizer
 
 from routers.prompt import PromptRouter
@@ -21,7 +19,6 @@ from service.engines.echo import EchoEngine
 from service.server import address, listen
 
 COMMAND = (sys.executable, "-m", "service")
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_missing_bundle_is_a_sentence(tmp_path: Path) -> None:
@@ -94,25 +91,15 @@ def test_serves_a_bundle_and_stops_when_told(folder: Path, tokenizer: Tokenizer,
         fast.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
         fast.save_pretrained(folder / "experts" / name)
 
-    with subprocess.Popen(
-        [*COMMAND, "--bundle", str(folder), "--port", "0", "--ask", "python loop"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    ) as service:
-        assert service.stdout is not None
-        url = service.stdout.readline().split()[1]
-        wait_until(lambda: "loading" not in httpx.get(f"{url}readyz").text, seconds=30)
-        answer = httpx.post(f"{url}v1/completions", json={"prompt": "python loop", "max_tokens": 3, "temperature": 0})
+    with service_process([*COMMAND, "--bundle", folder, "--port", 0, "--ask", "python loop"]) as service:
+        body = {"prompt": "python loop", "max_tokens": 3, "temperature": 0}
+        answer = service.client.post("/v1/completions", json=body)
         assert answer.json()["model"] == "code"
-        failed = httpx.post(f"{url}v1/completions", json={"prompt": "owl", "model": "story"})
+        failed = service.client.post("/v1/completions", json={"prompt": "owl", "model": "story"})
         assert failed.status_code == 503
-        service.send_signal(ending)
-        output, _ = service.communicate(timeout=20)
-    assert service.returncode == 0
-    assert "> python loop\ncode (top_score): score " in output
+        assert "> python loop\ncode (top_score): score " in read_until("code (", service.process)
+        service.process.send_signal(ending)
+        assert service.process.wait(60) == 0
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

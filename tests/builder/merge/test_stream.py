@@ -8,12 +8,10 @@ import errno
 import hashlib
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -983,25 +981,29 @@ def test_the_first_failure_ends_what_the_others_do(
 ) -> None:
     todo = planned(write_recipe(tmp_path / "recipe.yaml", "linear", HALVES), family)
     first, merged = max(todo.outputs, key=lambda output: output.tensor.bytes).name, []
-    all_at_work, failed = threading.Barrier(threads, timeout=30), threading.Event()
+    all_at_work, seen = threading.Barrier(threads, timeout=60), []
+
+    class Watched(stream.Executor):
+        def __init__(self, *what: Any) -> None:
+            super().__init__(*what)
+            seen.append(self._stop)
 
     def failing(inputs: Inputs, **_: Any) -> Iterator[Any]:
         all_at_work.wait()
         for piece in inputs.pieces():
             if inputs.name == first:
-                failed.set()
                 raise MergeError("no")
-            failed.wait(30)
-            time.sleep(0.05)
+            assert seen[0].wait(60)
             merged.append(inputs.name)
             yield piece.values[0]
 
     monkeypatch.setattr(stream, "PIECE", 4096)
+    monkeypatch.setattr(stream, "Executor", Watched)
     monkeypatch.setitem(METHODS, "linear", dataclasses.replace(METHODS["linear"], merge=failing))
 
     with pytest.raises(MergeError, match="no"):
         stream.write(todo, tmp_path / "out", threads=threads)
-    assert len(merged) < 2 * threads  # the largest tensors have three pieces
+    assert len(merged) == threads - 1  # the largest tensors have three pieces
 
 
 def test_a_merge_ends_with_who_watches_it(family: Path, tmp_path: Path) -> None:
@@ -1024,19 +1026,25 @@ def test_a_merge_ends_with_who_watches_it(family: Path, tmp_path: Path) -> None:
     assert is_clean(tmp_path)
 
 
-SLOW = """
-import dataclasses, sys, time
+INTERRUPTED = """
+import dataclasses, itertools, signal, sys, threading
 from builder.merge.methods import METHODS
 
-linear = METHODS["linear"]
+linear, pieces, told = METHODS["linear"], itertools.count(), threading.Event()
 
-def slow(inputs, **parameters):
+def handle(*signalled):
+    told.set()
+    signal.default_int_handler(*signalled)
+
+def interrupted(inputs, **parameters):
     for values in linear.merge(inputs, **parameters):
-        print("merging", flush=True)
-        time.sleep(0.3)
+        if next(pieces) == 0:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert told.wait(60)
         yield values
 
-METHODS["linear"] = dataclasses.replace(linear, merge=slow)
+signal.signal(signal.SIGINT, handle)
+METHODS["linear"] = dataclasses.replace(linear, merge=interrupted)
 from builder.__main__ import main
 sys.argv = ["builder", "merge", *sys.argv[1:]]
 main()
@@ -1046,24 +1054,18 @@ main()
 def test_ctrl_c_ends_a_merge_with_a_sentence_and_leaves_nothing(family: Path, tmp_path: Path) -> None:
     models = {str(family / name): {"weight": 1} for name in ("base", "a")}
     recipe = write_recipe(tmp_path / "recipe.yaml", "linear", models)
-    environment = {**os.environ, "MODELGLUE_CACHE": str(tmp_path / "cache")}
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, recipe, tmp_path / "out"],
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, recipe, tmp_path / "out"],
+        env={**os.environ, "MODELGLUE_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
         text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("merging")
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        timeout=120,
+    )
 
-    assert process.returncode == 130
-    assert "stopped; run it again to go on" in errors
-    assert "Traceback" not in errors
-    assert "ignored" not in errors
+    assert ended.returncode == 130
+    assert "stopped; run it again to go on" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "ignored" not in ended.stderr
     assert is_clean(tmp_path, "cache")
 
 

@@ -312,7 +312,7 @@ def vocabularies(draw: st.DrawFn) -> tuple[list[str], list[str]]:
     return draw(st.lists(TOKENS, min_size=1, unique=True)), draw(st.lists(TOKENS | st.just(""), unique=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(models=st.lists(vocabularies(), min_size=1, max_size=4), cut=st.integers(0, 3), source=st.integers(-2, 3))
 def test_every_row_is_its_tokens_row(
     tmp_path_factory: pytest.TempPathFactory, models: list[tuple[list[str], list[str]]], cut: int, source: int

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from waiting import wait_until
 
 from builder.errors import SandboxError
 from builder.proxy.sandbox import Language, Limits, Mechanism, Sandbox
@@ -72,7 +73,7 @@ def nothing_is_left_running() -> Iterator[None]:
     assert not left
 
 
-def wait_for_the_end_of_others_than(pids: set[int], seconds: float = 5) -> set[int]:
+def wait_for_the_end_of_others_than(pids: set[int], seconds: float = 30) -> set[int]:
     give_up = time.monotonic() + seconds
     while True:
         left = set(descendants(os.getpid())) - pids
@@ -180,13 +181,13 @@ def test_no_more_processes_run_than_the_limit_says(mechanism: Mechanism) -> None
 def test_cpu_seconds_end_a_loop_and_are_counted_over_all_processes(mechanism: Mechanism) -> None:
     relay = "import os, time\nwhile True:\n    if os.fork() == 0:\n        while time.process_time() < 0.3: pass\n"
     relay += "        os._exit(0)\n    os.wait()"
-    check(sandbox(mechanism, cpu_seconds=1), dict.fromkeys(["while True: pass", relay], "cpu limit"))
+    check(sandbox(mechanism, cpu_seconds=1, wall_seconds=120), dict.fromkeys(["while True: pass", relay], "cpu limit"))
 
 
 def test_programs_that_wait_are_timed_out(mechanism: Mechanism) -> None:
     silent = "import os\nos.close(1)\nos.close(2)\nos.read(os.pipe()[0], 1)"
     check(sandbox(mechanism, wall_seconds=0.7), dict.fromkeys(["import time\ntime.sleep(60)", silent], "timed out"))
-    assert sandbox(mechanism, wall_seconds=0.7).run(silent).seconds < 0.7 + 4
+    assert sandbox(mechanism, wall_seconds=0.7).run(silent).seconds < Limits().wall_seconds
 
 
 def test_ten_gigabytes_are_refused(mechanism: Mechanism) -> None:
@@ -207,9 +208,9 @@ def test_memory_of_javascript_is_limited(mechanism: Mechanism) -> None:
 
 
 def test_an_output_flood_ends_the_program(mechanism: Mechanism) -> None:
-    outcome = sandbox(mechanism, wall_seconds=10).run("while True: print('x' * 999)")
+    outcome = sandbox(mechanism, wall_seconds=120, cpu_seconds=120).run("while True: print('x' * 999)")
     assert (outcome.passed, outcome.reason) == (False, "output limit")
-    assert outcome.seconds < 5
+    assert outcome.seconds < 60
     assert len(outcome.output) <= 4096
 
 
@@ -253,14 +254,7 @@ def test_all_ends_when_the_caller_is_killed(mechanism: Mechanism, tmp_path: Path
     wait_until(lambda: count_of("program.py", caller.pid) >= 2)
     caller.kill()
     caller.wait()  # whether processes are left is nothing_is_left_running's to see
-    wait_until(lambda: not list(tmp_path.iterdir()))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
+    wait_until(lambda: not list(tmp_path.iterdir()), seconds=30)
 
 
 def count_of(word: str, pid: int) -> int:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_llama
+from tiny import ENDLESS_WINDOW, save_llama
 from transformers import AutoModelForCausalLM
 
 from service.engines.local.expert import Expert, Loading, read
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Matrices this small only lose by sharing."""
     before = torch.get_num_threads()
@@ -24,6 +24,12 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An expert with a window for answers that outlast every test."""
+    return save_llama(tmp_path_factory.mktemp("endless"), max_position_embeddings=ENDLESS_WINDOW)
 
 
 @pytest.fixture(scope="session")

@@ -7,16 +7,17 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
 import torch
-from tiny import answer, greedy, read, save_llama, serving, text, until
+from tiny import ENDLESS, ENDLESS_KV_BYTES, ENDLESS_WINDOW, answer, greedy, read, save_llama, serving, text, until
 
-from service.engines.base import EngineError, Job, Status, UnsupportedError
+from service.engines.base import EngineError, Job, Piece, Status, UnsupportedError
 from service.engines.local import LocalEngine
 from service.engines.local.expert import Expert, Loading
 from service.engines.local.expert import read as read_expert
@@ -35,7 +36,10 @@ SMALL = Shape(1, 1, 1, 1)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: save_llama(tmp_path_factory.mktemp(name), seed=seed) for seed, name in enumerate(NAMES)}
+    return {
+        name: save_llama(tmp_path_factory.mktemp(name), seed=seed, max_position_embeddings=ENDLESS_WINDOW)
+        for seed, name in enumerate(NAMES)
+    }
 
 
 def size(folder: Path) -> int:
@@ -51,7 +55,18 @@ async def ask(engine: LocalEngine, name: str, tokens: int = 8) -> str:
 
 
 def serving_two(folders: dict[str, Path], **options: Any) -> Any:
-    return serving(folders, memory_bytes=int(2.5 * size(folders["a"])), **options)
+    return serving(folders, memory_bytes=int(2.5 * size(folders["a"])), kv_bytes=ENDLESS_KV_BYTES, **options)
+
+
+def write_endlessly(engine: LocalEngine, name: str) -> AsyncGenerator[Piece, None]:
+    return engine.generate(engine.prepare({name: 1.0}, "the owl", ENDLESS))
+
+
+async def begin_to_wait(engine: LocalEngine, name: str) -> asyncio.Task[str]:
+    """A request for an expert that is not in memory."""
+    waiting = asyncio.create_task(ask(engine, name))
+    await until(lambda: engine.load()[name].waiting == 1)
+    return waiting
 
 
 def test_all_answer_and_the_longest_unused_makes_way(folders: dict[str, Path]) -> None:
@@ -81,16 +96,18 @@ def test_an_expert_that_writes_is_not_dropped(folders: dict[str, Path]) -> None:
     async def run() -> None:
         async with serving_two(folders, patience=60.0) as engine:
             await until(lambda: len(resident(engine)) == 2)
-            writing = [engine.generate(engine.prepare({name: 1.0}, "the owl", greedy(400))) for name in "ab"]
+            writing = [write_endlessly(engine, name) for name in "ab"]
             for each in writing:
                 await anext(each)
-            waiting = asyncio.create_task(ask(engine, "c"))
-            await asyncio.sleep(0.1)
+            waiting = await begin_to_wait(engine, "c")
+            await asyncio.gather(ask(engine, "a"), ask(engine, "b"))  # at every step of theirs, c may come in
             assert resident(engine) == {"a", "b"}
             await writing[1].aclose()
-            assert await asyncio.wait_for(waiting, 10)
+            assert await waiting
             assert resident(engine) == {"a", "c"}
-            assert len(await read(writing[0])) > 1
+            written = engine.load()["a"].kv
+            await until(lambda: engine.load()["a"].kv > written)
+            await writing[0].aclose()
 
     asyncio.run(run())
 
@@ -99,21 +116,28 @@ def test_a_stream_of_requests_for_others_keeps_nobody_out(folders: dict[str, Pat
     async def run() -> None:
         async with serving_two(folders, patience=0.05) as engine:
             await until(lambda: len(resident(engine)) == 2)
-            over = False
+            over, counts = False, Counter[str]()
 
-            async def keep_asking(name: str) -> int:
-                count = 0
+            async def keep_asking(name: str) -> None:
+                """The next one comes when the one before is half written: there is always one."""
+                last = asyncio.create_task(ask(engine, name, 100))
                 while not over:
-                    await ask(engine, name, 20)
-                    count += 1
-                return count
+                    last, before = asyncio.create_task(ask(engine, name, 200)), last
+                    await before
+                    counts[name] += 1
+                await last
 
-            streams = [asyncio.create_task(keep_asking(name)) for name in "aabb"]
-            await asyncio.sleep(0.1)
+            async def all_are_answered() -> None:
+                before = counts.copy()
+                await until(lambda: all(counts[name] > before[name] + 1 for name in "ab"))
+
+            streams = [asyncio.create_task(keep_asking(name)) for name in "ab"]
+            await all_are_answered()
             for _ in range(3):
-                await asyncio.wait_for(ask(engine, "c"), 10)
+                await ask(engine, "c")
+            await all_are_answered()
             over = True
-            assert min(await asyncio.gather(*streams)) > 0
+            await asyncio.gather(*streams)
 
     asyncio.run(run())
 
@@ -122,13 +146,16 @@ def test_who_gives_up_waiting_closes_nobody(folders: dict[str, Path]) -> None:
     async def run() -> None:
         async with serving_two(folders, patience=0.0) as engine:
             await until(lambda: len(resident(engine)) == 2)
-            writing = [engine.generate(engine.prepare({name: 1.0}, "the owl", greedy(400))) for name in "ab"]
+            writing = [write_endlessly(engine, name) for name in "ab"]
             for each in writing:
                 await anext(each)
-            waiting = asyncio.create_task(ask(engine, "c"))
-            await asyncio.sleep(0.1)
+            waiting = await begin_to_wait(engine, "c")
+            # One of the two lets nobody in any more: it makes room for c.
+            await until(lambda: any(lane.closing for lane in engine._worker._lanes.values()))
+            shut_out = asyncio.gather(ask(engine, "a"), ask(engine, "b"))
+            await until(lambda: engine.load()["a"].waiting + engine.load()["b"].waiting == 1)
             waiting.cancel()
-            assert await asyncio.wait_for(asyncio.gather(ask(engine, "a"), ask(engine, "b")), 10)
+            assert await shut_out
             assert resident(engine) == {"a", "b"}
             for each in writing:
                 await each.aclose()

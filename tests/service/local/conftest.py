@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from hosting import Hosted, hosted
-from tiny import save_llama
+from tiny import ENDLESS_WINDOW, save_llama
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Matrices this small only lose by sharing."""
     before = torch.get_num_threads()
@@ -23,6 +23,12 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three experts of one vocabulary, so that they can be mixed."""
     names = ("math", "code", "story")
     return {name: save_llama(tmp_path_factory.mktemp(name), seed=seed) for seed, name in enumerate(names)}
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An expert with a window for answers that outlast every test."""
+    return save_llama(tmp_path_factory.mktemp("endless"), max_position_embeddings=ENDLESS_WINDOW)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import uvicorn
-from serving import serve, wait_until
+from serving import serve
 from tiny import KV_BYTES
 from tokenizers import Tokenizer, models, pre_tokenizers
+from waiting import wait_until
 
 from routers.bundle import ROUTER, Bundle, Digest, Expert, FeaturesEntry, Manifest, RouterEntry, Source
 from routers.features import TokenEmbeddings
@@ -41,7 +42,7 @@ def hosted(folders: Mapping[str, Path], **options: Any) -> Iterator[Hosted]:
     options = {"dtype": torch.float32, "kv_bytes": KV_BYTES, "threads": 1} | options
     engine = LocalEngine(folders, Options(**options))
     with serve(create_app(bundle_of(tuple(folders)), engine)) as (url, server):
-        wait_until(lambda: all(status.state != "loading" for status in engine.status().values()), seconds=60)
+        wait_until(lambda: all(status.state != "loading" for status in engine.status().values()))
         yield Hosted(url, engine, server)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ from typing import Any
 import openai
 import pytest
 import torch
-from hosting import Hosted
+from hosting import Hosted, hosted
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel
-from serving import wait_until
-from tiny import generated
+from tiny import ENDLESS, ENDLESS_KV_BYTES, generated
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from waiting import wait_until
 
 PROMPTS = ["the owl was afraid", "def largest(numbers): return", "日本語 👍", "max"]
 MESSAGES: list[ChatCompletionMessageParam] = [
@@ -134,24 +133,24 @@ class TestOpenAI:
         with pytest.raises(openai.BadRequestError, match="logit_bias"):
             client.completions.create(model="math", prompt="the owl", logit_bias={"9999": 1}, stream=True)
 
-    def test_a_client_that_leaves_a_stream_or_times_out_ends_the_work(
-        self, service: Hosted, client: openai.OpenAI
-    ) -> None:
+    def test_a_client_that_leaves_a_stream_or_times_out_ends_the_work(self, endless: Path) -> None:
         def idle() -> bool:
             load = service.engine.load()["math"]
             return (load.running, load.waiting, load.kv) == (0, 0, 0)
 
-        ask: dict[str, Any] = {"model": "math", "prompt": "the owl", "max_tokens": 490, "temperature": 0, "n": 16}
-        began = time.monotonic()
-        client.completions.create(**ask)
-        whole = time.monotonic() - began
-        with client.completions.create(stream=True, **ask) as stream:
-            next(stream)
-            assert not idle()
-        wait_until(idle, seconds=whole / 2)
-        with pytest.raises(openai.APITimeoutError):
-            client.with_options(timeout=0.05).completions.create(**ask)
-        wait_until(idle, seconds=whole / 2)
+        ask: dict[str, Any] = {"model": "math", "prompt": "the owl", "temperature": 0, "n": 16}
+        ask["max_tokens"] = ENDLESS.max_tokens
+        with (
+            hosted({"math": endless}, kv_bytes=ENDLESS_KV_BYTES) as service,
+            openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client,
+        ):
+            with client.completions.create(stream=True, **ask) as stream:
+                next(stream)
+                assert not idle()
+            wait_until(idle)
+            with pytest.raises(openai.APITimeoutError):
+                client.with_options(timeout=0.5).completions.create(**ask)
+            wait_until(idle)
 
 
 class TestLangChain:
