@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from serving import wait_until
+from waiting import wait_until
 
 from routers import routelog as logs
 from routers.bundle import Bundle

@@ -161,7 +161,7 @@ def test_an_engine_that_takes_long_to_make_is_loading_meanwhile() -> None:
     go, made = threading.Event(), Made(EXPERTS)
 
     def make() -> Engine:
-        go.wait(10)
+        go.wait(60)
         return made
 
     async def story() -> None:
@@ -198,7 +198,7 @@ def test_an_engine_that_cannot_be_made_fails_its_experts() -> None:
 
 
 async def loaded(engine: Engine) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while engine.status()["code"].state == "loading":  # noqa: ASYNC110 - an engine has no event for it
             await asyncio.sleep(0.01)
 

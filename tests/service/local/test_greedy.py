@@ -108,7 +108,7 @@ def check(answer: dict[str, Any], expected: tuple[str, list[float], str]) -> Non
 @pytest.mark.parametrize("expert", NAMES)
 def test_alone(service: Hosted, expected: dict[tuple[str, str], Any], expert: str) -> None:
     for prompt in PROMPTS:
-        answer = httpx.post(f"{service.url}/v1/completions", json=body(expert, prompt), timeout=30)
+        answer = httpx.post(f"{service.url}/v1/completions", json=body(expert, prompt), timeout=60)
         check(answer.json(), expected[expert, prompt])
 
 
