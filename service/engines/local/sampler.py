@@ -10,9 +10,9 @@ prompt, E experts, I pairs of a row and a token, W words of 32 tokens.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
 
 import numpy as np
 import torch
@@ -121,6 +121,18 @@ class _Seen:
         self.counts[place] += 1
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch alone in its thread: on a processor its others take longer to wake than what is done here takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def pick(rows: Sequence[Row], logits_BV: Tensor) -> list[Pick | Failure]:
     """The next token of every row, which the row then goes on with, or why there is none to pick.
 
@@ -146,6 +158,7 @@ def pick(rows: Sequence[Row], logits_BV: Tensor) -> list[Pick | Failure]:
     return [errors[b] if b in errors else told.get(b) or Pick(ids[b]) for b in range(len(rows))]
 
 
+@one_thread()
 def blend(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The logits of a mixture, from those of its experts, [..., V] each: the weighted mean of their distributions.
 
@@ -156,11 +169,14 @@ def blend(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     if len(some) == 1:
         return some[0][0]
     logits_EV = torch.stack([each.float() for each, _ in some])
-    weights_E = logits_EV.new_tensor([weight for _, weight in some]).reshape(-1, *[1] * (logits_EV.dim() - 1))
-    norms_E = logits_EV.logsumexp(-1, keepdim=True)
-    logs_EV = logits_EV - norms_E + weights_E.log()
-    mixed_V = reduce(torch.logaddexp, logs_EV.unbind(0)) + (norms_E * weights_E).sum(0)
     same = (logits_EV == logits_EV[0]).all(-1, keepdim=True).all(0)
+    if same.all():
+        return logits_EV[0]
+    weights_E = logits_EV.new_tensor([weight for _, weight in some]).reshape(-1, *[1] * (logits_EV.dim() - 1))
+    peaks_E = logits_EV.amax(-1, keepdim=True)
+    odds_EV = _exp_(logits_EV - peaks_E)
+    sums_E = odds_EV.sum(-1, keepdim=True)
+    mixed_V = _log_((odds_EV * (weights_E / sums_E)).sum(0)) + ((peaks_E + sums_E.log()) * weights_E).sum(0)
     return torch.where(same, logits_EV[0], mixed_V)
 
 
@@ -410,6 +426,15 @@ def _exp_(values_RV: Tensor) -> Tensor:
         return values_RV.exp_()
     np.exp(values_RV.numpy(), out=values_RV.numpy())
     return values_RV
+
+
+def _log_(values_V: Tensor) -> Tensor:
+    """In place."""
+    if not values_V.is_cpu:
+        return values_V.log_()
+    with np.errstate(divide="ignore"):  # of nothing it is minus infinity
+        np.log(values_V.numpy(), out=values_V.numpy())
+    return values_V
 
 
 def _likeliest(weights_RV: Tensor, size: int) -> Tensor:
