@@ -20,8 +20,10 @@ export const number = (value, digits = 3) => value.toFixed(digits).replace("-", 
 
 export const percent = (share) => `${Math.round(100 * share)}\u202f%`;
 
+const labels = new WeakMap(); // of buttons that copy: they may be pressed again while they say that they have
+
 export async function copy(text, from) {
-  const label = from.textContent;
+  if (!labels.has(from)) labels.set(from, from.textContent);
   try {
     if (navigator.clipboard) await navigator.clipboard.writeText(text);
     else copyBySelection(text); // plain http from another machine: browsers keep the clipboard to themselves
@@ -29,7 +31,7 @@ export async function copy(text, from) {
   } catch {
     from.textContent = "Not allowed";
   }
-  setTimeout(() => (from.textContent = label), 1200);
+  setTimeout(() => (from.textContent = labels.get(from)), 1200);
 }
 
 function copyBySelection(text) {
