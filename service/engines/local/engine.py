@@ -56,10 +56,10 @@ class Options:
     """How the engine runs.
 
     most: requests of an expert that run at a time; queue: those beside them that wait at most. chunk: tokens of
-    prompts in a round. kv_bytes: of key-value memory, for all experts together; None is a share of what is free. dtype:
-    bf16 where the machine computes in it, else fp32. kinds: of the linear layers of the experts that are named.
-    memory_bytes: of all experts' weights, the others wait on disk; patience: seconds until who waits for that memory is
-    let in. threads: `default_threads`.
+    prompts in a round, half of it while somebody writes. kv_bytes: of key-value memory, for all experts together; None
+    is a share of what is free. dtype: bf16 where the machine computes in it, else fp32. kinds: of the linear layers of
+    the experts that are named. memory_bytes: of all experts' weights, the others wait on disk; patience: seconds until
+    who waits for that memory is let in. threads: `default_threads`.
     """
 
     most: int = 64

@@ -38,8 +38,8 @@ class Worker:
 
     `deliver` is called on that thread with what a step brought, `tell` with the states of experts. Every request that
     is not cancelled gets a finish or an error, whatever happens. `failure` says why nothing runs any more. most:
-    requests of an expert at a time; chunk: tokens of prompts in a round of all experts. memory_bytes, patience:
-    residence.py.
+    requests of an expert at a time; chunk: tokens of prompts in a round of all experts, half of it while somebody
+    writes. memory_bytes, patience: residence.py.
     """
 
     def __init__(
@@ -166,7 +166,8 @@ class Worker:
         self._turn += 1
         first = self._turn % len(lanes) if lanes else 0
         self._admit()
-        budget = self._chunk
+        writing = any(request.count for request in self._running())
+        budget = max(self._chunk // 2, 1) if writing else self._chunk
         for lane in [*lanes[first:], *lanes[:first]]:
             if lane.busy:
                 budget -= self._step(lane, max(budget, 1))

@@ -79,7 +79,7 @@ def test_a_prompt_read_in_parts_has_the_same_answer(llama: Path, expert: Expert,
 
 def test_a_long_prompt_does_not_hold_up_who_writes(llama: Path) -> None:
     async def ask() -> None:
-        async with serving({"llama": llama}, chunk=4) as engine:
+        async with serving({"llama": llama}, chunk=8) as engine:
             writing = asked(engine, "the owl", greedy(400))
             await anext(writing)
             long = asyncio.create_task(whole(engine, Tokens(tuple(3 + place % 290 for place in range(350))), greedy(1)))
