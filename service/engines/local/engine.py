@@ -230,8 +230,9 @@ class LocalEngine:
     def _load(self) -> None:
         """In the loader's thread: one expert after another; one that fails leaves the others serving."""
         try:
+            self._check_device()
             memory = self._memory()
-        except Exception as exc:  # torch raises whatever it meets on the device
+        except Exception as exc:  # whatever it was, nobody may wait for ever
             for name, status in self._status.items():
                 if status.state == "loading":
                     self._fail(name, exc)
@@ -246,6 +247,14 @@ class LocalEngine:
                     self._fail(name, exc)
                 else:
                     self._worker.add(self._experts[name], memory)
+
+    def _check_device(self) -> None:
+        """Raises EngineError where there is none."""
+        try:
+            torch.empty(0, device=self._how.device)
+        except (AssertionError, RuntimeError) as exc:  # torch without CUDA, or a number that no device has
+            reason = (str(exc).splitlines() or [repr(exc)])[0]
+            raise EngineError(f"{self._how.device} cannot be used ({reason}): choose another --device") from exc
 
     def _memory(self) -> Memory:
         """For pages of every expert whose config can be read; the others have failed then. Raises EngineError."""

@@ -91,8 +91,9 @@ class Expert:
         # transformers fills such tensors with random numbers and only warns.
         if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
             raise EngineError(f"{len(lost)} tensors are missing in {folder} or have another shape, first {lost[0]}")
+        loaded = loaded.eval().to(how.device)  # what fails here is no matter of attention
         with _exchanging(folder, type(loaded)):
-            model = Hosted(loaded.eval().to(how.device))
+            model = Hosted(loaded)
             model.check(self._text(), how.dtype)
         return model
 

@@ -37,9 +37,9 @@ In bf16 rounding makes a twentieth in SmolLM2-135M and a tenth in 48 layers of m
 out makes a fifth to a third, and a window that is not the model's a third to three times the spread.
 """
 PICKING = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
-"""What configs call the experts that a token is sent to, where rounding may send it to others: so logits may be off by
-PICKED times as much."""
+"""What configs call how many experts a token is sent to."""
 PICKED = 2.5
+"""How many times as far logits may be off then: rounding may send a token to others."""
 
 
 class Hosted:

@@ -228,10 +228,14 @@ def test_a_chunk_of_key_value_memory_is_enough(llama: Path) -> None:
     asyncio.run(ask())
 
 
-def test_a_device_that_is_not_there_fails_every_expert(llama: Path) -> None:
+@pytest.mark.parametrize("kv_bytes", [None, CHUNK_BYTES])
+def test_a_device_that_is_not_there_fails_every_expert(llama: Path, kv_bytes: int | None) -> None:
     async def ask() -> None:
-        async with serving({"llama": llama}, kv_bytes=None, device="cuda:99") as engine:
-            assert engine.status()["llama"].state == "failed"
+        async with serving({"llama": llama}, kv_bytes=kv_bytes, device="cuda:99") as engine:
+            status = engine.status()["llama"]
+            assert status.state == "failed"
+            assert status.detail.startswith("cuda:99 cannot be used (")
+            assert status.detail.endswith("choose another --device")
 
     asyncio.run(ask())
 
